@@ -1,0 +1,130 @@
+// Everything the model may ask of a machine, at the grain the model speaks. Calls run in order; only
+// download() waits. Callers (model/, step/) pass checked shapes, so a backend may trust them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/tensor.h"
+#include "quant/format.h"
+
+namespace camelid {
+
+// Device memory that frees itself. On the CPU untouched pages cost nothing.
+struct Buffer {
+  std::shared_ptr<void> data;
+  std::size_t bytes = 0;
+};
+
+// One or more linears that share an input, stacked along out_dim, packed as the backend likes them.
+class Matrix {
+ public:
+  virtual ~Matrix() = default;
+  std::int64_t out_dim = 0;
+  std::int64_t in_dim = 0;
+  std::size_t bytes = 0;  // resident
+};
+
+enum class KvType : std::uint8_t { kF32, kBf16 };
+
+// The pages of one kind of layer. A page holds `page_size` consecutive tokens of every layer of the
+// kind; inside a page the order is the backend's (page_bytes() says how large it wants one).
+struct KvPages {
+  void* base = nullptr;
+  std::size_t page_bytes = 0;
+  std::int64_t page_size = 0;  // tokens
+  std::int64_t n_layers = 0;
+  std::int64_t n_kv_heads = 0;
+  std::int64_t head_dim = 0;
+  KvType type = KvType::kF32;
+};
+
+// Consecutive tokens of one sequence in this step, and the keys they may see: all from index 0 of
+// `pages` up to their own. For local layers index 0 is the start of the tokens' chunk.
+struct KvSpan {
+  std::int64_t first_row = 0;  // of the step's tokens
+  std::int64_t n_rows = 0;
+  std::int64_t first_index = 0;               // row first_row is written at this index
+  const std::int32_t* pages = nullptr;  // key i lies in pages[i / page_size]
+};
+
+// One kind of attention layer in one step: local layers see their own chunk, global ones everything.
+struct KvPlan {
+  KvPages pages;
+  std::vector<KvSpan> spans;    // cover all rows of the step, in order
+  std::vector<float> rotation;  // [n_tokens, head_dim / 2, 2]: cos, sin of each row's key index
+};
+
+// One step, built once and used by all its layers. Rows are the step's tokens.
+struct StepPlan {
+  std::span<const std::int32_t> tokens;  // [n_tokens]
+  KvPlan local;
+  KvPlan global;
+  std::vector<float> query_scale;  // [n_tokens]: NoPE temperature, 1 where it is off
+};
+
+// What distinguishes one layer's attention from another's.
+struct AttentionLayer {
+  bool local = false;              // KvPlan local, else global
+  bool rotate = false;             // RoPE on interleaved pairs (2i, 2i+1) by the plan's rotation
+  bool qk_norm = false;            // after RoPE: weightless RMS norm per head (LLAMA4.md, step 4)
+  bool scale_queries = false;      // multiply q by StepPlan::query_scale (NoPE temperature)
+  std::int64_t kv_layer = 0;       // index among the layers of its kind
+  std::int64_t n_heads = 0;
+  float eps = 0.0f;
+};
+
+struct Mlp {  // down(silu(gate x) * up x)
+  std::unique_ptr<Matrix> gate_up;  // [2 * ffn_dim, dim]: gate over up
+  std::unique_ptr<Matrix> down;     // [dim, ffn_dim]
+};
+
+struct Experts {
+  std::unique_ptr<Matrix> router;  // [n_experts, dim]
+  std::vector<Mlp> routed;
+  Mlp shared;
+  std::int64_t top_k = 1;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string describe() const = 0;                 // "cpu: avx512, 2 threads"
+  virtual std::size_t activation_bytes() const = 0;         // of one element of a Tensor
+  virtual std::size_t available_bytes() const = 0;          // memory this process may still take
+  virtual Buffer allocate(std::size_t bytes) = 0;           // throws kCapacity
+  virtual void discard(void* data, std::size_t bytes) = 0;  // contents no longer needed
+  virtual std::size_t page_bytes(const KvPages& pages) const = 0;
+
+  // Packs a stack of linears; each source keeps its own format where options do not change it.
+  virtual std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
+                                       std::span<const PackOptions> options) = 0;
+  virtual Buffer upload(std::span<const float> values) = 0;
+
+  virtual void begin(const StepPlan& plan) = 0;  // plan outlives the step
+  virtual void embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) = 0;
+  virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
+  virtual void matmul(Tensor y, Tensor x, const Matrix& w) = 0;      // y = x w^T
+  virtual void matmul_add(Tensor y, Tensor x, const Matrix& w) = 0;  // y += x w^T
+  // qkv: [n_tokens, (n_heads + 2 n_kv_heads) * head_dim]. Finishes q in place, writes k, v to pages.
+  virtual void store_kv(Tensor qkv, const AttentionLayer& layer) = 0;
+  virtual void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) = 0;  // y: [n, heads * hd]
+  virtual void mlp(Tensor y, Tensor x, const Mlp& w) = 0;           // y += mlp(x)
+  virtual void experts(Tensor y, Tensor x, const Experts& w) = 0;   // y += shared + routed, by router
+  virtual void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) = 0;
+  virtual void download(float* out, Tensor x) = 0;  // [n_rows, dim] float32, waits
+};
+
+struct BackendOptions {
+  std::string device = "auto";  // auto | cpu | cuda | cuda:N
+  int threads = 0;              // 0: physical cores this process may use
+};
+// The table of backends (registry.cpp). Throws kUnsupported with one sentence.
+std::unique_ptr<Backend> make_backend(const BackendOptions& options);
+
+}  // namespace camelid

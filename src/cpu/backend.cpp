@@ -1,0 +1,194 @@
+// The Backend on a CPU: float32 activations, a thread pool, and a table of kernels. Decides how each
+// operation is cut into tasks; the arithmetic is in *.inl.
+#include "cpu/backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/arena.h"
+#include "base/error.h"
+#include "cpu/experts.h"
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/workspace.h"
+
+namespace camelid {
+namespace cpu {
+namespace {
+
+// Rows of one attention task: enough to use each key block many times, few enough to share.
+constexpr std::int64_t kAttendRows = 16;
+// Values of one task of a row-wise operation; less than this is not worth waking a thread for.
+constexpr std::int64_t kRowTaskValues = 1 << 15;
+
+float* row_of(Tensor x, std::int64_t row) {
+  return static_cast<float*>(x.data) + row * x.row_stride;
+}
+
+const PackedMatrix& packed(const Matrix& matrix) { return static_cast<const PackedMatrix&>(matrix); }
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const Kernels& kernels, int n_threads)
+      : work_(kernels, n_threads), feed_forward_(work_) {}
+
+  std::string describe() const override {
+    const int n = work_.pool.n_threads();
+    return cat("cpu: ", work_.kernels.name, ", ", n, n == 1 ? " thread" : " threads");
+  }
+  std::size_t activation_bytes() const override { return sizeof(float); }
+  std::size_t available_bytes() const override { return available_memory(); }
+  Buffer allocate(std::size_t bytes) override { return {map_memory(bytes), bytes}; }
+  void discard(void* data, std::size_t bytes) override { discard_memory(data, bytes); }
+  std::size_t page_bytes(const KvPages& pages) const override {
+    return static_cast<std::size_t>(pages.n_layers * pages.n_kv_heads) * kv_head_bytes(pages);
+  }
+  std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
+                               std::span<const PackOptions> options) override {
+    return pack_matrix(stack, options, work_.pool);
+  }
+  Buffer upload(std::span<const float> values) override {
+    Buffer buffer = allocate(values.size_bytes());
+    std::copy(values.begin(), values.end(), static_cast<float*>(buffer.data.get()));
+    return buffer;
+  }
+
+  void begin(const StepPlan& plan) override { plan_ = &plan; }
+  void embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) override;
+  void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
+  void matmul(Tensor y, Tensor x, const Matrix& w) override { multiply(y, x, w, false); }
+  void matmul_add(Tensor y, Tensor x, const Matrix& w) override { multiply(y, x, w, true); }
+  void store_kv(Tensor qkv, const AttentionLayer& layer) override;
+  void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
+  void mlp(Tensor y, Tensor x, const Mlp& w) override { feed_forward_.mlp(y, x, w); }
+  void experts(Tensor y, Tensor x, const Experts& w) override { feed_forward_.experts(y, x, w); }
+  void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) override;
+  void download(float* out, Tensor x) override;
+
+ private:
+  const KvPlan& plan_of(const AttentionLayer& layer) const {
+    return layer.local ? plan_->local : plan_->global;
+  }
+  void multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate);
+  template <class RowTask>
+  void for_rows(std::int64_t n_rows, std::int64_t values_per_row, RowTask task);
+  void store_row(float* qkv, const AttentionLayer& layer, const KvSpan& span, std::int64_t row);
+
+  Workspace work_;
+  FeedForward feed_forward_;
+  const StepPlan* plan_ = nullptr;
+  std::vector<AttendTask> attend_tasks_;
+};
+
+// Runs task(row) for every row, several rows to a thread's task.
+template <class RowTask>
+void CpuBackend::for_rows(std::int64_t n_rows, std::int64_t values_per_row, RowTask task) {
+  const std::int64_t step = std::max<std::int64_t>(1, kRowTaskValues / values_per_row);
+  work_.pool.parallel_for((n_rows + step - 1) / step, [&](std::int64_t i, int) {
+    for (std::int64_t row = i * step; row < std::min((i + 1) * step, n_rows); ++row) task(row);
+  });
+}
+
+void CpuBackend::embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) {
+  const Segment& rows = packed(table).segments.front();
+  for_rows(y.n_rows, y.dim, [&](std::int64_t row) {
+    work_.kernels.unpack_row(row_of(y, row), rows, tokens[static_cast<std::size_t>(row)]);
+  });
+}
+
+void CpuBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
+  const auto* gains = static_cast<const float*>(gain.data.get());
+  for_rows(x.n_rows, x.dim, [&](std::int64_t row) {
+    work_.kernels.norm_row(row_of(y, row), row_of(x, row), gains, x.dim, eps);
+  });
+}
+
+void CpuBackend::multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate) {
+  const Product product{&packed(w),   row_of(x, 0), x.n_rows, x.row_stride,
+                        row_of(y, 0), y.row_stride, accumulate};
+  work_.multiply({&product, 1});
+}
+
+void CpuBackend::store_row(float* qkv, const AttentionLayer& layer, const KvSpan& span,
+                           std::int64_t row) {
+  const KvPages& pages = plan_of(layer).pages;
+  const std::int64_t index = span.first_index + (row - span.first_row);
+  StoreTask task;
+  task.pages = &pages;
+  task.layer = &layer;
+  task.qkv = qkv;
+  if (layer.rotate) task.rotation = plan_of(layer).rotation.data() + row * pages.head_dim;
+  if (layer.scale_queries) task.query_scale = plan_->query_scale[static_cast<std::size_t>(row)];
+  task.page = span.pages[index / pages.page_size];
+  task.slot = index % pages.page_size;
+  work_.kernels.store_kv(task);
+}
+
+void CpuBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
+  for (const KvSpan& span : plan_of(layer).spans) {
+    for_rows(span.n_rows, qkv.dim, [&](std::int64_t i) {
+      const std::int64_t row = span.first_row + i;
+      store_row(row_of(qkv, row), layer, span, row);
+    });
+  }
+}
+
+void CpuBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
+  const KvPlan& plan = plan_of(layer);
+  attend_tasks_.clear();
+  for (const KvSpan& span : plan.spans) {
+    for (std::int64_t done = 0; done < span.n_rows; done += kAttendRows) {
+      AttendTask task;
+      task.pages = &plan.pages;
+      task.span = &span;
+      task.kv_layer = layer.kv_layer;
+      task.n_heads = layer.n_heads;
+      task.first_row = span.first_row + done;
+      task.n_rows = std::min(kAttendRows, span.n_rows - done);
+      task.q = row_of(qkv, 0);
+      task.q_stride = qkv.row_stride;
+      task.y = row_of(y, 0);
+      task.y_stride = y.row_stride;
+      for (task.kv_head = 0; task.kv_head < plan.pages.n_kv_heads; ++task.kv_head) {
+        attend_tasks_.push_back(task);
+      }
+    }
+  }
+  const auto n_tasks = static_cast<std::int64_t>(attend_tasks_.size());
+  work_.pool.parallel_for(n_tasks, [&](std::int64_t i, int worker) {
+    // From the end: the later rows of a prompt see more keys, so the long tasks go first.
+    const AttendTask& task = attend_tasks_[static_cast<std::size_t>(n_tasks - 1 - i)];
+    work_.kernels.attend(task,
+                         work_.scratch(worker, work_.kernels.attend_scratch_floats(task)));
+  });
+}
+
+void CpuBackend::select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) {
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    std::memcpy(row_of(y, static_cast<std::int64_t>(i)), row_of(x, rows[i]),
+                static_cast<std::size_t>(x.dim) * sizeof(float));
+  }
+}
+
+void CpuBackend::download(float* out, Tensor x) {
+  for (std::int64_t row = 0; row < x.n_rows; ++row, out += x.dim) {
+    std::memcpy(out, row_of(x, row), static_cast<std::size_t>(x.dim) * sizeof(float));
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options, std::string_view isa) {
+  const cpu::Kernels& kernels = isa.empty() ? cpu::select_kernels() : cpu::kernels_by_name(isa);
+  const int n_threads = options.threads == 0 ? default_threads() : options.threads;
+  // Far above any machine: only there to refuse a mistake before it starts that many threads.
+  constexpr int kMostThreads = 1024;
+  if (n_threads < 1 || n_threads > kMostThreads) {
+    fail(ErrorCode::kInvalidRequest, "[cpu] threads is ", options.threads,
+         ", expected 0 (choose) to ", kMostThreads, ".");
+  }
+  return std::make_unique<cpu::CpuBackend>(kernels, n_threads);
+}
+
+}  // namespace camelid

@@ -1,0 +1,70 @@
+// Which table of kernels runs here. A new instruction set is a new line in kTables.
+#include <cstdlib>
+#include <string>
+
+#include "base/error.h"
+#include "cpu/kernels.h"
+
+namespace camelid::cpu {
+namespace {
+
+// __builtin_cpu_supports also asks whether the operating system saves the registers (XGETBV).
+#if defined(__x86_64__) || defined(__i386__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+struct Choice {
+  std::string_view name;
+  const Kernels* (*table)();
+  bool (*runs_here)();
+};
+
+// Best first.
+constexpr Choice kTables[] = {
+    {"avx512", avx512_kernels, has_avx512},
+    {"avx2", avx2_kernels, has_avx2},
+    {"scalar", [] { return &scalar_kernels(); }, [] { return true; }},
+};
+
+bool usable(const Choice& choice) { return choice.table() != nullptr && choice.runs_here(); }
+
+}  // namespace
+
+std::vector<std::string_view> supported_isas() {
+  std::vector<std::string_view> names;
+  for (const Choice& choice : kTables) {
+    if (usable(choice)) names.push_back(choice.name);
+  }
+  return names;
+}
+
+const Kernels& kernels_by_name(std::string_view name) {
+  for (const Choice& choice : kTables) {
+    if (choice.name == name && usable(choice)) return *choice.table();
+  }
+  std::string usable_names;
+  for (const std::string_view isa : supported_isas()) {
+    usable_names += usable_names.empty() ? "" : ", ";
+    usable_names += isa;
+  }
+  fail(ErrorCode::kUnsupported, "[cpu] instruction set '", name,
+       "' is unknown or not supported here; CAMELID_CPU_ISA may be ", usable_names, ".");
+}
+
+const Kernels& select_kernels() {
+  const char* forced = std::getenv("CAMELID_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') return kernels_by_name(forced);
+  return kernels_by_name(supported_isas().front());
+}
+
+}  // namespace camelid::cpu

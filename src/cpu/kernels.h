@@ -1,0 +1,97 @@
+// The table of functions an instruction set supplies. Each does one thread's share; cutting work into
+// shares and waking threads is backend.cpp's. isa_*.cpp fill one table each from the same *.inl
+// sources over their own 16-lane vector type (simd_*.h), so the algorithm is written once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "backend/backend.h"
+#include "cpu/packed.h"
+
+namespace camelid::cpu {
+
+// y[r][first_out + o] (+)= sum_i x[r][i] * w[o][i], for the outputs of panels [first, last) of `w`.
+// x: f32 [n_rows, x_stride], y: f32 [n_rows, y_stride]. scratch: matmul_scratch_floats() of this
+// segment and row count. For a given row and output the result is bit-identical for every n_rows.
+struct MatmulTask {
+  const Segment* w = nullptr;
+  const float* x = nullptr;
+  std::int64_t n_rows = 0;
+  std::int64_t x_stride = 0;
+  float* y = nullptr;
+  std::int64_t y_stride = 0;
+  bool accumulate = false;
+};
+
+// Attention of rows [first_row, first_row + n_rows) of one span, for one kv head and all query heads
+// that share it. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads * head_dim].
+struct AttendTask {
+  const KvPages* pages = nullptr;
+  const KvSpan* span = nullptr;
+  std::int64_t kv_layer = 0;
+  std::int64_t kv_head = 0;
+  std::int64_t n_heads = 0;
+  std::int64_t first_row = 0;  // of the step
+  std::int64_t n_rows = 0;
+  const float* q = nullptr;  // row 0 of the step, head 0
+  std::int64_t q_stride = 0;
+  float* y = nullptr;
+  std::int64_t y_stride = 0;
+};
+
+// RoPE, QK norm and query scale of one row of the step's qkv tensor in place, then k and v to their page.
+struct StoreTask {
+  const KvPages* pages = nullptr;
+  const AttentionLayer* layer = nullptr;
+  float* qkv = nullptr;              // [(n_heads + 2 n_kv_heads) * head_dim], this row
+  const float* rotation = nullptr;   // [head_dim / 2, 2] cos, sin; null: no rotation
+  float query_scale = 1.0f;
+  std::int32_t page = 0;
+  std::int64_t slot = 0;  // token within the page
+};
+
+struct Kernels {
+  const char* name;  // "scalar", "avx2", "avx512"
+  std::size_t (*matmul_scratch_floats)(const Segment& w, std::int64_t n_rows);
+  void (*matmul)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel,
+                 float* scratch);
+  // y[i] = one row of w as float32 [in_dim].
+  void (*unpack_row)(float* y, const Segment& w, std::int64_t row);
+  // y = cast(x * rsqrt(mean(x^2) + eps)) * gain over n values.
+  void (*norm_row)(float* y, const float* x, const float* gain, std::int64_t n, float eps);
+  // y[i] = silu(gate[i]) * up[i].
+  void (*silu_mul_row)(float* y, const float* gate, const float* up, std::int64_t n);
+  void (*store_kv)(const StoreTask& task);
+  std::size_t (*attend_scratch_floats)(const AttendTask& task);
+  void (*attend)(const AttendTask& task, float* scratch);
+};
+
+// dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.
+const Kernels& select_kernels();
+// The table called `name` (scalar | avx2 | avx512). Throws kUnsupported, naming the choices, when there
+// is none or this machine cannot run it.
+const Kernels& kernels_by_name(std::string_view name);
+// The names this machine can run, best first.
+std::vector<std::string_view> supported_isas();
+
+const Kernels& scalar_kernels();
+const Kernels* avx2_kernels();    // null when not compiled for this architecture
+const Kernels* avx512_kernels();
+
+// Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major):
+//   [n_layers][n_kv_heads] { keys [head_dim][page_size], values [page_size][head_dim] }
+// Keys are transposed so that 16 lanes are 16 tokens. (static: each ISA's file keeps its own copy.)
+static inline std::size_t kv_element_bytes(KvType type) { return type == KvType::kF32 ? 4 : 2; }
+static inline std::size_t kv_head_bytes(const KvPages& pages) {
+  return 2 * static_cast<std::size_t>(pages.page_size * pages.head_dim) * kv_element_bytes(pages.type);
+}
+static inline std::byte* kv_head_base(const KvPages& pages, std::int32_t page, std::int64_t layer,
+                               std::int64_t kv_head) {
+  return static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
+         static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
+}
+
+}  // namespace camelid::cpu

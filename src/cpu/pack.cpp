@@ -1,0 +1,264 @@
+// Packing: one task takes four panels of one segment, reads their rows and writes their words.
+#include "cpu/pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string_view>
+
+#include "base/arena.h"
+#include "base/error.h"
+#include "quant/quantize.h"
+
+namespace camelid::cpu {
+namespace {
+
+// Four panels at a time: 64 neighbouring rows of a transposed bf16 source are two whole cache lines.
+constexpr std::int64_t kPanelsPerTask = 4;
+constexpr std::size_t kAlign = 64;
+
+// Where one segment's parts are to be written, and from what.
+struct Job {
+  const LinearSource* source;
+  Segment segment;
+  bool verbatim;  // the source's own words, scales and zero points
+  std::size_t words_at, scales_at, zeros_at;  // offsets into the storage
+  std::uint32_t* words;
+  std::byte* scales;
+  std::uint8_t* zeros;
+};
+
+std::size_t aligned(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+bool holds_format(const LinearSource& source, WeightFormat format) {
+  return (format == WeightFormat::kInt4 && source.bits == 4) ||
+         (format == WeightFormat::kInt8 && source.bits == 8);
+}
+
+void set_groups(Job& job, const PackOptions& options) {
+  Segment& s = job.segment;
+  const FormatInfo& info = format_info(s.format);
+  const std::int64_t wanted = job.verbatim ? job.source->group_size : options.group_size;
+  s.group_size = wanted <= 0 || wanted >= s.in_dim ? s.in_dim : wanted;
+  s.n_groups = ceil_div(s.in_dim, s.group_size);
+  s.scale_dtype = job.verbatim ? job.source->scale_dtype : DType::kBf16;
+  if (s.n_groups > 1 && s.group_size % info.values_per_word() != 0) {
+    fail(ErrorCode::kUnsupported, "[weights] ", job.source->name, " in ", job.source->file,
+         " has groups of ", s.group_size, " values, expected a multiple of ",
+         info.values_per_word(), " for ", info.name, ".");
+  }
+}
+
+Job describe(const LinearSource& source, const PackOptions& options, std::int64_t first_out) {
+  const FormatInfo& info = format_info(options.format);
+  Job job{};
+  job.source = &source;
+  job.verbatim = holds_format(source, options.format);
+  Segment& s = job.segment;
+  s.format = options.format;
+  s.out_dim = source.out_dim;
+  s.in_dim = source.in_dim;
+  s.first_out = first_out;
+  s.n_panels = ceil_div(s.out_dim, kPanelRows);
+  s.n_words = ceil_div(s.in_dim, info.values_per_word());
+  if (info.scaled) set_groups(job, options);
+  return job;
+}
+
+// Gives the parts of a job their offsets; returns where the next job begins.
+std::size_t place(Job& job, std::size_t at) {
+  const Segment& s = job.segment;
+  const auto group_lanes = static_cast<std::size_t>(s.n_panels * s.n_groups * kPanelRows);
+  job.words_at = at;
+  at += aligned(static_cast<std::size_t>(s.n_panels * s.n_words * kPanelRows) * 4);
+  job.scales_at = at;
+  at += aligned(group_lanes * dtype_bytes(s.scale_dtype));
+  job.zeros_at = at;
+  if (job.verbatim && job.source->zero_points != nullptr) at += aligned(group_lanes);
+  return at;
+}
+
+void bind(Job& job, std::byte* storage) {
+  Segment& s = job.segment;
+  job.words = reinterpret_cast<std::uint32_t*>(storage + job.words_at);
+  s.words = job.words;
+  if (s.n_groups == 0) return;
+  job.scales = storage + job.scales_at;
+  s.scales = job.scales;
+  if (job.verbatim && job.source->zero_points != nullptr) {
+    job.zeros = reinterpret_cast<std::uint8_t*>(storage + job.zeros_at);
+    s.zeros = job.zeros;
+  }
+}
+
+// Words of rows side by side: out[w][lane] = rows[lane][w], lanes past n_rows zero.
+void interleave_words(const std::byte* rows, std::int64_t n_rows, std::int64_t n_words,
+                      std::uint32_t* out) {
+  for (std::int64_t lane = 0; lane < kPanelRows; ++lane) {
+    const std::byte* row = rows + lane * n_words * 4;
+    for (std::int64_t w = 0; w < n_words; ++w) {
+      std::uint32_t word = 0;
+      if (lane < n_rows) std::memcpy(&word, row + w * 4, 4);
+      out[w * kPanelRows + lane] = word;
+    }
+  }
+}
+
+// The same for scales of `bytes` each, [n_rows][n_groups] to [n_groups][16].
+void interleave_scales(const std::byte* rows, std::int64_t n_rows, std::int64_t n_groups,
+                       std::size_t bytes, std::byte* out) {
+  for (std::int64_t lane = 0; lane < n_rows; ++lane) {
+    for (std::int64_t g = 0; g < n_groups; ++g) {
+      std::memcpy(out + static_cast<std::size_t>(g * kPanelRows + lane) * bytes,
+                  rows + static_cast<std::size_t>(lane * n_groups + g) * bytes, bytes);
+    }
+  }
+}
+
+// What one worker needs to read rows and quantise them.
+struct Scratch {
+  std::vector<float> rows;
+  std::vector<std::int32_t> words;
+  std::vector<std::uint16_t> scales;
+};
+
+void pack_verbatim(const Job& job, std::int64_t panel, std::int64_t first_row, std::int64_t n_rows,
+                   Scratch& scratch) {
+  const Segment& s = job.segment;
+  const LinearSource& source = *job.source;
+  const std::int64_t groups = s.n_groups;
+  scratch.rows.resize(static_cast<std::size_t>(n_rows * groups));
+  read_scales(source, first_row, n_rows, scratch.rows.data());  // refuses what is not finite
+  interleave_words(static_cast<const std::byte*>(source.words) + first_row * s.n_words * 4, n_rows,
+                   s.n_words, job.words + panel * s.n_words * kPanelRows);
+  const std::size_t bytes = dtype_bytes(s.scale_dtype);
+  interleave_scales(static_cast<const std::byte*>(source.scales) +
+                        static_cast<std::size_t>(first_row * groups) * bytes,
+                    n_rows, groups, bytes,
+                    job.scales + static_cast<std::size_t>(panel * groups * kPanelRows) * bytes);
+  if (job.zeros == nullptr) return;
+  std::uint8_t* zeros = job.zeros + panel * groups * kPanelRows;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t lane = 0; lane < n_rows; ++lane) {
+      zeros[g * kPanelRows + lane] =
+          static_cast<std::uint8_t>(zero_point(source, first_row + lane, g));
+    }
+  }
+}
+
+void pack_quantised(const Job& job, std::int64_t panel, const float* rows, std::int64_t n_rows,
+                    Scratch& scratch) {
+  const Segment& s = job.segment;
+  scratch.words.resize(static_cast<std::size_t>(n_rows * s.n_words));
+  scratch.scales.resize(static_cast<std::size_t>(n_rows * s.n_groups));
+  quantize_rows(rows, n_rows, s.in_dim, format_info(s.format).bits, s.group_size,
+                scratch.words.data(), scratch.scales.data());
+  interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
+                   job.words + panel * s.n_words * kPanelRows);
+  interleave_scales(reinterpret_cast<const std::byte*>(scratch.scales.data()), n_rows, s.n_groups, 2,
+                    job.scales + panel * s.n_groups * kPanelRows * 2);
+}
+
+// Converts one row of 16-bit values to words, an odd tail filled with zero.
+template <class Convert>
+void halves_to_words(const float* row, std::int64_t n, std::uint32_t* out, Convert convert) {
+  for (std::int64_t i = 0; i + 1 < n; i += 2, out += kPanelRows) {
+    *out = static_cast<std::uint32_t>(convert(row[i])) |
+           static_cast<std::uint32_t>(convert(row[i + 1])) << 16;
+  }
+  if (n % 2 != 0) *out = convert(row[n - 1]);
+}
+
+// f32_to_bf16 without its NaN branch: read_rows has refused NaN.
+std::uint16_t finite_to_bf16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void require_f16_range(const LinearSource& source, const float* row, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (std::fabs(row[i]) < 65520.0f) continue;  // rounds to at most 65504
+    fail(ErrorCode::kUnsupported, "[weights] ", source.name, " in ", source.file, " holds ", row[i],
+         ", more than f16 can; use bf16.");
+  }
+}
+
+void pack_plain(const Job& job, std::int64_t panel, const float* rows, std::int64_t n_rows) {
+  const Segment& s = job.segment;
+  std::uint32_t* words = job.words + panel * s.n_words * kPanelRows;
+  for (std::int64_t lane = 0; lane < n_rows; ++lane, rows += s.in_dim, ++words) {
+    if (s.format == WeightFormat::kBf16) {
+      halves_to_words(rows, s.in_dim, words, finite_to_bf16);
+    } else if (s.format == WeightFormat::kF16) {
+      require_f16_range(*job.source, rows, s.in_dim);
+      halves_to_words(rows, s.in_dim, words, f32_to_f16);
+    } else {
+      for (std::int64_t i = 0; i < s.in_dim; ++i) {
+        words[i * kPanelRows] = std::bit_cast<std::uint32_t>(rows[i]);
+      }
+    }
+  }
+}
+
+void pack_panels(const Job& job, std::int64_t first_panel, Scratch& scratch) {
+  const Segment& s = job.segment;
+  const std::int64_t end_panel = std::min(first_panel + kPanelsPerTask, s.n_panels);
+  const std::int64_t first_row = first_panel * kPanelRows;
+  const std::int64_t end_row = std::min(end_panel * kPanelRows, s.out_dim);
+  if (!job.verbatim) {
+    scratch.rows.resize(static_cast<std::size_t>((end_row - first_row) * s.in_dim));
+    read_rows(*job.source, first_row, end_row - first_row, scratch.rows.data());
+  }
+  for (std::int64_t panel = first_panel; panel < end_panel; ++panel) {
+    const std::int64_t row = panel * kPanelRows;
+    const std::int64_t n_rows = std::min(kPanelRows, end_row - row);
+    const float* rows = scratch.rows.data() + (row - first_row) * s.in_dim;
+    if (job.verbatim) {
+      pack_verbatim(job, panel, row, n_rows, scratch);
+    } else if (s.n_groups != 0) {
+      pack_quantised(job, panel, rows, n_rows, scratch);
+    } else {
+      pack_plain(job, panel, rows, n_rows);
+    }
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
+                                          std::span<const PackOptions> options, ThreadPool& pool) {
+  auto matrix = std::make_unique<PackedMatrix>();
+  std::vector<Job> jobs;
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < stack.size(); ++i) {
+    if (stack[i].in_dim != stack[0].in_dim || stack[i].in_dim <= 0 || stack[i].out_dim <= 0) {
+      fail(ErrorCode::kCheckpoint, "[weights] ", stack[i].name, " in ", stack[i].file, " is [",
+           stack[i].out_dim, ", ", stack[i].in_dim, "], expected at least one row of ",
+           stack[0].in_dim, " values like its neighbours.");
+    }
+    jobs.push_back(describe(stack[i], options[i], matrix->out_dim));
+    bytes = place(jobs.back(), bytes);
+    matrix->out_dim += stack[i].out_dim;
+  }
+  matrix->in_dim = stack.empty() ? 0 : stack[0].in_dim;
+  matrix->bytes = bytes;
+  matrix->storage = {map_memory(bytes), bytes};
+  std::vector<std::pair<const Job*, std::int64_t>> tasks;
+  for (Job& job : jobs) {
+    bind(job, static_cast<std::byte*>(matrix->storage.data.get()));
+    matrix->segments.push_back(job.segment);
+    for (std::int64_t p = 0; p < job.segment.n_panels; p += kPanelsPerTask) {
+      tasks.emplace_back(&job, p);
+    }
+  }
+  std::vector<Scratch> scratch(static_cast<std::size_t>(pool.n_threads()));
+  pool.parallel_for(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
+    const auto& [job, panel] = tasks[static_cast<std::size_t>(i)];
+    pack_panels(*job, panel, scratch[static_cast<std::size_t>(worker)]);
+  });
+  return matrix;
+}
+
+}  // namespace camelid::cpu

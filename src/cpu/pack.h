@@ -1,0 +1,18 @@
+// From checkpoint matrices to the CPU's panels (packed.h). Knows nothing of kernels.
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "base/threads.h"
+#include "cpu/packed.h"
+
+namespace camelid::cpu {
+
+// Packs a stack of linears that share in_dim. A source already quantised in the wanted format keeps
+// its own groups, scales and zero points to the bit; every other pair goes through float32.
+// Throws kCheckpoint on values that are not finite, kUnsupported on groups that cut a word.
+std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
+                                          std::span<const PackOptions> options, ThreadPool& pool);
+
+}  // namespace camelid::cpu

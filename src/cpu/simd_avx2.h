@@ -1,0 +1,100 @@
+// 16 float lanes as two AVX2 registers (AVX2, FMA, F16C). Included only by isa_avx2.cpp, inside its own
+// anonymous namespace. The interface is described in simd_avx512.h.
+
+struct Vec {
+  __m256 lo, hi;
+  static Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static Vec set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static Vec load_bf16(const std::uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+  static Vec load_f16(const std::uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  static Vec load_u8(const std::uint8_t* p) { return {widen_u8(p), widen_u8(p + 8)}; }
+  void store(float* p) const {
+    _mm256_storeu_ps(p, lo);
+    _mm256_storeu_ps(p + 8, hi);
+  }
+  // Lanes [0, n) only.
+  void store_first(float* p, int n) const {
+    float all[16];
+    store(all);
+    for (int i = 0; i < n; ++i) p[i] = all[i];
+  }
+
+ private:
+  static __m256 widen_bf16(const std::uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static __m256 widen_u8(const std::uint8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+// Same tree as the AVX-512 reduction: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+inline float sum(Vec a) {
+  const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
+  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
+inline float maximum(Vec a) {
+  const __m256 s8 = _mm256_max_ps(a.lo, a.hi);
+  const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
+inline Vec round_nearest(Vec a) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
+}
+inline __m256 exp2_integral8(__m256 n) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+// 2^n for integral n in [-126, 127].
+inline Vec exp2_integral(Vec n) { return {exp2_integral8(n.lo), exp2_integral8(n.hi)}; }
+
+struct Words {
+  __m256i lo, hi;
+  static Words load(const std::uint32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+  }
+};
+
+template <WeightFormat F>
+inline __m256 value8(__m256i w, int i) {
+  if constexpr (F == WeightFormat::kF32) {
+    return _mm256_castsi256_ps(w);
+  } else if constexpr (F == WeightFormat::kBf16) {
+    return _mm256_castsi256_ps(
+        i == 0 ? _mm256_slli_epi32(w, 16)
+               : _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  } else if constexpr (F == WeightFormat::kF16) {
+    const __m256i half = i == 0 ? _mm256_and_si256(w, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(w, 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm256_cvtph_ps(packed);
+  } else {
+    constexpr int kBits = F == WeightFormat::kInt8 ? 8 : 4;
+    const __m256i shifted = _mm256_srlv_epi32(w, _mm256_set1_epi32(kBits * i));
+    const __m256i q = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << kBits) - 1));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(1 << (kBits - 1))));
+  }
+}
+
+template <WeightFormat F>
+inline Vec value(Words w, int i) {
+  return {value8<F>(w.lo, i), value8<F>(w.hi, i)};
+}

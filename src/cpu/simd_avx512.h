@@ -1,0 +1,71 @@
+// 16 float lanes on AVX-512 (F, BW, DQ, VL). Included only by isa_avx512.cpp, inside its own
+// anonymous namespace so that nothing compiled for AVX-512 can be linked anywhere else.
+// The interface, shared by simd_avx2.h and simd_scalar.h:
+//   Vec: load store load_bf16 store_bf16 set zero, + - * max, fma(a, b, c) = a * b + c,
+//        sum() and maximum() over lanes in a fixed order, exp2i, round
+//   Words: load; value<Format>(w, i): value i of each word as floats (q - 2^(bits-1) when scaled)
+
+struct Vec {
+  __m512 v;
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec set(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_bf16(const std::uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  static Vec load_f16(const std::uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static Vec load_u8(const std::uint8_t* p) {
+    return {_mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Lanes [0, n) only.
+  void store_first(float* p, int n) const {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
+  }
+};
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec round_nearest(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// 2^n for integral n in [-126, 127].
+inline Vec exp2_integral(Vec n) {
+  const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  return {_mm512_castsi512_ps(bits)};
+}
+
+struct Words {
+  __m512i v;
+  static Words load(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+};
+
+template <WeightFormat F>
+inline Vec value(Words w, int i) {
+  if constexpr (F == WeightFormat::kF32) {
+    return {_mm512_castsi512_ps(w.v)};
+  } else if constexpr (F == WeightFormat::kBf16) {
+    return {_mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(w.v, 16)
+                                       : _mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  } else if constexpr (F == WeightFormat::kF16) {
+    const __m512i half = i == 0 ? w.v : _mm512_srli_epi32(w.v, 16);
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half))};
+  } else if constexpr (F == WeightFormat::kInt8) {
+    const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(w.v, _mm512_set1_epi32(8 * i)), _mm512_set1_epi32(255));
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(128)))};
+  } else {
+    // The table lookup reads only the low four bits of each lane: no mask is needed.
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm512_permutexvar_ps(_mm512_srlv_epi32(w.v, _mm512_set1_epi32(4 * i)), table)};
+  }
+}

@@ -1,0 +1,101 @@
+// 16 float lanes as plain C++: the readable reference, and what runs on any machine. Included only by
+// isa_scalar.cpp, inside its own anonymous namespace. The interface is described in simd_avx512.h.
+// fma here is a rounded multiply then an add: the baseline x86-64 has no fused instruction.
+
+struct Vec {
+  float v[16];
+  static Vec set(float x) {
+    Vec r;
+    for (float& lane : r.v) lane = x;
+    return r;
+  }
+  static Vec zero() { return set(0.0f); }
+  template <class T, class Convert>
+  static Vec convert(const T* p, Convert to_float) {
+    Vec r;
+    for (int i = 0; i < 16; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
+  static Vec load(const float* p) {
+    return convert(p, [](float x) { return x; });
+  }
+  static Vec load_bf16(const std::uint16_t* p) { return convert(p, bf16_to_f32); }
+  static Vec load_f16(const std::uint16_t* p) { return convert(p, f16_to_f32); }
+  static Vec load_u8(const std::uint8_t* p) {
+    return convert(p, [](std::uint8_t x) { return static_cast<float>(x); });
+  }
+  void store(float* p) const { store_first(p, 16); }
+  // Lanes [0, n) only.
+  void store_first(float* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+};
+template <class Op>
+inline Vec each(Vec a, Vec b, Op op) {
+  for (int i = 0; i < 16; ++i) a.v[i] = op(a.v[i], b.v[i]);
+  return a;
+}
+inline Vec operator+(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x + y; }); }
+inline Vec operator-(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x - y; }); }
+inline Vec operator*(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x * y; }); }
+inline Vec operator/(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x / y; }); }
+inline Vec max(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
+inline Vec min(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+// Same tree as the vector reductions: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+inline float sum(Vec a) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  }
+  return a.v[0];
+}
+inline float maximum(Vec a) {
+  for (int i = 1; i < 16; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
+  return a.v[0];
+}
+// Ties to even, for |a| < 2^22: adding and subtracting 1.5 * 2^23 leaves the rounded integer.
+inline Vec round_nearest(Vec a) {
+  for (float& lane : a.v) lane = (lane + 12582912.0f) - 12582912.0f;
+  return a;
+}
+// 2^n for integral n in [-126, 127].
+inline Vec exp2_integral(Vec n) {
+  for (float& lane : n.v) {
+    lane = std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<int>(lane) + 127) << 23);
+  }
+  return n;
+}
+
+struct Words {
+  std::uint32_t v[16];
+  static Words load(const std::uint32_t* p) {
+    Words r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+    return r;
+  }
+};
+
+template <WeightFormat F>
+inline float value_of(std::uint32_t word, int i) {
+  if constexpr (F == WeightFormat::kF32) {
+    return std::bit_cast<float>(word);
+  } else if constexpr (F == WeightFormat::kBf16) {
+    return bf16_to_f32(static_cast<std::uint16_t>(word >> (16 * i)));
+  } else if constexpr (F == WeightFormat::kF16) {
+    return f16_to_f32(static_cast<std::uint16_t>(word >> (16 * i)));
+  } else {
+    constexpr int kBits = F == WeightFormat::kInt8 ? 8 : 4;
+    const int q = static_cast<int>((word >> (kBits * i)) & ((1u << kBits) - 1u));
+    return static_cast<float>(q - (1 << (kBits - 1)));
+  }
+}
+
+template <WeightFormat F>
+inline Vec value(Words w, int i) {
+  Vec r;
+  for (int lane = 0; lane < 16; ++lane) r.v[lane] = value_of<F>(w.v[lane], i);
+  return r;
+}

@@ -1,0 +1,75 @@
+// The whole public C++ surface: open a model from named weights, run steps over sequences, sample.
+// One Engine belongs to one model; calls are serialised by a mutex, so threads may share it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "backend/backend.h"
+#include "kv/cache.h"
+#include "model/config.h"
+#include "model/llama4.h"
+#include "model/weights.h"
+#include "step/batch.h"
+#include "step/sampler.h"
+#include "step/step.h"
+
+namespace camelid {
+
+struct EngineOptions {
+  BackendOptions backend;
+  WeightChoice weights = WeightChoice::kAsStored;
+  KvType kv_cache = KvType::kF32;
+  std::int64_t page_size = 64;     // tokens
+  std::size_t memory_bytes = 0;    // weights, KV pages and workspace together; 0: what is available
+  std::int64_t max_step_tokens = 512;  // the workspace reserve; larger steps take more
+};
+
+struct MemoryReport {
+  std::size_t weight_bytes = 0;
+  std::size_t workspace_bytes = 0;
+  std::size_t kv_limit_bytes = 0;
+  std::size_t kv_used_bytes = 0;
+  std::int64_t page_size = 0;
+};
+
+class Engine {
+ public:
+  Engine(ModelConfig config, const EngineOptions& options);
+
+  Weights& weights() { return weights_; }
+  // Once all weights are loaded: sizes the KV pools from what memory is left. Throws kCapacity.
+  void finish_loading();
+
+  std::int64_t open_sequence(const SamplerParams& params);
+  void close_sequence(std::int64_t sequence);
+  // Runs one step. When it throws kCapacity or kInvalidRequest nothing has changed; after any other
+  // error the sequences of the request can only be closed.
+  StepResult step(const StepRequest& request);
+
+  std::size_t kv_bytes_for(std::int64_t n_tokens) const { return cache().bytes_for(n_tokens); }
+  std::int64_t kv_tokens_in(std::size_t bytes) const { return cache().tokens_in(bytes); }
+  MemoryReport memory() const;
+  std::string describe() const { return backend_->describe(); }
+  const ModelConfig& config() const { return config_; }
+  void check_invariants() const;
+
+ private:
+  KvCache& cache() const;
+
+  ModelConfig config_;
+  EngineOptions options_;
+  std::unique_ptr<Backend> backend_;
+  Weights weights_;
+  Llama4 model_;
+  StepRunner runner_;
+  std::unique_ptr<KvCache> cache_;
+  std::map<std::int64_t, Sampler> samplers_;
+  mutable std::mutex mutex_;
+};
+
+}  // namespace camelid

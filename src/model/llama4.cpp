@@ -1,0 +1,73 @@
+#include "model/llama4.h"
+
+namespace camelid {
+
+Llama4::Llama4(Backend& backend, const ModelConfig& config, const Weights& weights)
+    : backend_(backend), config_(config), weights_(weights) {
+  std::int64_t n_local = 0;
+  std::int64_t n_global = 0;
+  for (std::int64_t i = 0; i < config.n_layers; ++i) {
+    AttentionLayer layer;
+    layer.local = config.is_local_layer(i);
+    layer.rotate = config.is_rope_layer[static_cast<std::size_t>(i)];
+    layer.qk_norm = config.use_qk_norm && layer.rotate;
+    layer.scale_queries = config.temperature_tuning && !layer.rotate;
+    layer.kv_layer = layer.local ? n_local++ : n_global++;
+    layer.n_heads = config.n_heads;
+    layer.eps = config.rms_norm_eps;
+    attention_.push_back(layer);
+  }
+}
+
+void Llama4::forward(const StepPlan& plan, std::span<const std::int32_t> rows, float* logits) {
+  const auto n_tokens = static_cast<std::int64_t>(plan.tokens.size());
+  const Tensor x = rows_of(hidden_, n_tokens, config_.dim);
+  const Tensor h = rows_of(normed_, n_tokens, config_.dim);
+  const Tensor qkv = rows_of(qkv_, n_tokens, config_.qkv_dim());
+  const Tensor a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim);
+
+  backend_.begin(plan);
+  backend_.embed(x, plan.tokens, weights_.embedding());
+  for (std::size_t i = 0; i < weights_.layers().size(); ++i) {
+    const LayerWeights& layer = weights_.layers()[i];
+
+    backend_.norm(h, x, layer.input_norm, config_.rms_norm_eps);
+    backend_.matmul(qkv, h, *layer.qkv);
+    backend_.store_kv(qkv, attention_[i]);
+    backend_.attend(a, qkv, attention_[i]);
+    backend_.matmul_add(x, a, *layer.o);
+
+    backend_.norm(h, x, layer.post_norm, config_.rms_norm_eps);
+    if (layer.experts) {
+      backend_.experts(x, h, *layer.experts);
+    } else {
+      backend_.mlp(x, h, *layer.dense);
+    }
+  }
+  if (rows.empty()) return;
+
+  // The head is the largest matrix: only rows somebody asked for go through it.
+  const auto n_rows = static_cast<std::int64_t>(rows.size());
+  const Tensor last = rows_of(normed_, n_rows, config_.dim);
+  const Tensor out = rows_of(logits_, n_rows, config_.vocab_size);
+  backend_.select_rows(last, x, rows);
+  backend_.norm(last, last, weights_.final_norm(), config_.rms_norm_eps);
+  backend_.matmul(out, last, weights_.head());
+  backend_.download(logits, out);
+}
+
+std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {
+  const std::int64_t per_token = 2 * config_.dim + config_.qkv_dim() + config_.n_heads * config_.head_dim;
+  return static_cast<std::size_t>(n_tokens * per_token) * backend_.activation_bytes();
+}
+
+Tensor Llama4::rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim) {
+  const std::size_t bytes = static_cast<std::size_t>(n_rows * dim) * backend_.activation_bytes();
+  if (buffer.bytes < bytes) {
+    buffer = Buffer{};  // first free, then take: the two never coexist
+    buffer = backend_.allocate(bytes);
+  }
+  return {buffer.data.get(), n_rows, dim, dim};
+}
+
+}  // namespace camelid

@@ -1,0 +1,33 @@
+// The forward pass of Llama 4's language model over one step's rows.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "backend/backend.h"
+#include "model/config.h"
+#include "model/weights.h"
+
+namespace camelid {
+
+class Llama4 {
+ public:
+  Llama4(Backend& backend, const ModelConfig& config, const Weights& weights);
+
+  // Runs the rows of `plan` and writes float32 logits [rows.size(), vocab_size] of the given rows.
+  void forward(const StepPlan& plan, std::span<const std::int32_t> rows, float* logits);
+
+  // Bytes of activations a step of `n_tokens` needs beside the backend's own scratch.
+  std::size_t workspace_bytes(std::int64_t n_tokens) const;
+
+ private:
+  Tensor rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim);
+
+  Backend& backend_;
+  const ModelConfig& config_;
+  const Weights& weights_;
+  std::vector<AttentionLayer> attention_;  // [n_layers]
+  Buffer hidden_, normed_, qkv_, attended_, logits_;
+};
+
+}  // namespace camelid

@@ -1,0 +1,45 @@
+#include "step/batch.h"
+
+#include <algorithm>
+#include <set>
+
+#include "base/error.h"
+
+namespace camelid {
+
+std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vocab_size) {
+  const std::size_t n = request.sequences.size();
+  if (n == 0 || request.counts.size() != n || request.outputs.size() != n) {
+    fail(ErrorCode::kInvalidRequest, "[step] got ", n, " sequences, ", request.counts.size(),
+         " counts and ", request.outputs.size(), " outputs, expected the same number, at least one.");
+  }
+  std::vector<StepEntry> entries;
+  std::set<std::int64_t> seen;
+  std::size_t first = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto count = static_cast<std::size_t>(std::max(request.counts[i], 0));
+    if (count == 0 || count > request.tokens.size() - first) {
+      fail(ErrorCode::kInvalidRequest, "[step] entry ", i, " has ", request.counts[i], " tokens, ",
+           request.tokens.size() - first, " are left in the flat array.");
+    }
+    if (!seen.insert(request.sequences[i]).second) {
+      fail(ErrorCode::kInvalidRequest, "[step] sequence ", request.sequences[i],
+           " is in the step twice.");
+    }
+    entries.push_back({request.sequences[i], request.outputs[i], request.tokens.subspan(first, count),
+                       i, nullptr});
+    first += count;
+  }
+  if (first != request.tokens.size()) {
+    fail(ErrorCode::kInvalidRequest, "[step] counts add up to ", first, ", but there are ",
+         request.tokens.size(), " tokens.");
+  }
+  for (std::int32_t token : request.tokens) {
+    if (token >= 0 && token < vocab_size) continue;
+    fail(ErrorCode::kInvalidRequest, "[step] token id ", token, " is outside the vocabulary of ",
+         vocab_size, ". Was the text encoded with this model's tokenizer?");
+  }
+  return entries;
+}
+
+}  // namespace camelid
