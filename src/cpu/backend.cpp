@@ -111,7 +111,8 @@ void CpuBackend::multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate) 
 
 void CpuBackend::store_row(float* qkv, const AttentionLayer& layer, const KvSpan& span,
                            std::int64_t row) {
-  const KvPages& pages = plan_of(layer).pages;
+  const KvPlan& plan = plan_of(layer);
+  const KvPages& pages = plan.pages;
   const std::int64_t index = span.first_index + (row - span.first_row);
   StoreTask task;
   task.pages = &pages;

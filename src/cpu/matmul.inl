@@ -8,7 +8,7 @@
 // depends on rows, panels or blocks, so neither do the bits of the result.
 
 constexpr int kLanes = 16;
-constexpr std::int64_t kDirectRows = 4;   // up to here unpacking in registers wins over scratch
+constexpr std::int64_t kDirectRows = 4 * kTileRows;  // up to here unpacking in registers wins
 constexpr std::int64_t kBlockInputs = 128;  // 128 inputs x 4 panels x 16 floats are 32 KiB
 constexpr std::int64_t kBlockRows = 192;  // a multiple of kTileRows; partial sums stay in L2
 
@@ -147,13 +147,38 @@ void direct_tile(const MatmulTask& task, std::int64_t row, std::int64_t panel) {
 
 template <WeightFormat F, bool kZeros, int R>
 void direct_rows(const MatmulTask& task, std::int64_t row, std::int64_t first, std::int64_t last) {
-  constexpr int kFit = kTileRows * kTilePanels / R;  // chains that fit the registers
-  constexpr int kWide = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  constexpr int kFit = kTileRows * kTilePanels / R;  // panels whose sums fit the registers
+  constexpr int kWide = kFit >= 4 && kTilePanels > 1 ? 4 : kFit >= 2 ? 2 : 1;
   std::int64_t panel = first;
   for (; panel + kWide <= last; panel += kWide) {
     direct_tile<F, kZeros, R, kWide>(task, row, panel);
   }
   for (; panel < last; ++panel) direct_tile<F, kZeros, R, 1>(task, row, panel);
+}
+
+template <WeightFormat F, bool kZeros, int R>
+void direct_some(const MatmulTask& task, std::int64_t row, std::int64_t n_rows, std::int64_t first,
+                 std::int64_t last) {
+  if (n_rows == R) {
+    direct_rows<F, kZeros, R>(task, row, first, last);
+  } else if constexpr (R > 1) {
+    direct_some<F, kZeros, R - 1>(task, row, n_rows, first, last);
+  }
+}
+
+// Rows in passes of at most kTileRows, as even as may be. Later passes find the four panels' words in
+// the cache.
+template <WeightFormat F, bool kZeros>
+void direct_all(const MatmulTask& task, std::int64_t first, std::int64_t last) {
+  const std::int64_t passes = (task.n_rows + kTileRows - 1) / kTileRows;
+  const std::int64_t step = (task.n_rows + passes - 1) / passes;
+  const std::int64_t width = passes == 1 ? last - first : 4;
+  for (std::int64_t panel = first; panel < last; panel += width) {
+    for (std::int64_t row = 0; row < task.n_rows; row += step) {
+      direct_some<F, kZeros, kTileRows>(task, row, least(step, task.n_rows - row), panel,
+                                        least(panel + width, last));
+    }
+  }
 }
 
 // ---- tiled ----------------------------------------------------------------------------------------
@@ -327,19 +352,8 @@ void tiled_rows(MatmulTask task, std::int64_t first, std::int64_t last, float* s
 
 template <WeightFormat F, bool kZeros>
 void matmul_as(const MatmulTask& task, std::int64_t first, std::int64_t last, float* scratch) {
-  switch (task.n_rows) {
-    case 0:
-      return;
-    case 1:
-      return direct_rows<F, kZeros, 1>(task, 0, first, last);
-    case 2:
-      return direct_rows<F, kZeros, 2>(task, 0, first, last);
-    case 3:
-      return direct_rows<F, kZeros, 3>(task, 0, first, last);
-    case 4:
-      return direct_rows<F, kZeros, 4>(task, 0, first, last);
-    default:
-      break;
+  if (task.n_rows <= kDirectRows) {
+    return direct_all<F, kZeros>(task, first, last);
   }
   for (std::int64_t row = 0; row < task.n_rows; row += kBlockRows) {
     MatmulTask block = task;

@@ -74,6 +74,14 @@ struct Words {
   }
 };
 
+// See simd_avx512.h.
+inline __m256 small_integer(__m256i w, int shift, int mask, int half) {
+  const float base = static_cast<float>(1 << (23 - shift));
+  const __m256i digit = _mm256_and_si256(w, _mm256_set1_epi32(mask << shift));
+  const __m256 joined = _mm256_or_ps(_mm256_castsi256_ps(digit), _mm256_set1_ps(base));
+  return _mm256_sub_ps(joined, _mm256_set1_ps(base + static_cast<float>(half)));
+}
+
 template <WeightFormat F>
 inline __m256 value8(__m256i w, int i) {
   if constexpr (F == WeightFormat::kF32) {
@@ -86,11 +94,10 @@ inline __m256 value8(__m256i w, int i) {
     const __m256i half = i == 0 ? _mm256_and_si256(w, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(w, 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     return _mm256_cvtph_ps(packed);
+  } else if constexpr (F == WeightFormat::kInt8) {
+    return small_integer(i < 2 ? w : _mm256_srli_epi32(w, 16), i % 2 * 8, 255, 128);
   } else {
-    constexpr int kBits = F == WeightFormat::kInt8 ? 8 : 4;
-    const __m256i shifted = _mm256_srlv_epi32(w, _mm256_set1_epi32(kBits * i));
-    const __m256i q = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << kBits) - 1));
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(1 << (kBits - 1))));
+    return small_integer(i < 4 ? w : _mm256_srli_epi32(w, 16), i % 4 * 4, 15, 8);
   }
 }
 

@@ -50,6 +50,17 @@ struct Words {
   static Words load(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 };
 
+// The bits `kMask << shift` of each word, an unsigned number below 2^bits, minus `half`. Put under the
+// exponent of 2^(23 - shift) those bits count units, so one subtraction leaves the exact float: no
+// conversion, and three different execution ports.  Requires shift + bits <= 23.
+inline __m512 small_integer(__m512i w, int shift, int mask, int half) {
+  const float base = static_cast<float>(1 << (23 - shift));
+  const __m512i bits = _mm512_castps_si512(_mm512_set1_ps(base));
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  const __m512i joined = _mm512_ternarylogic_epi32(w, _mm512_set1_epi32(mask << shift), bits, kAndOr);
+  return _mm512_sub_ps(_mm512_castsi512_ps(joined), _mm512_set1_ps(base + static_cast<float>(half)));
+}
+
 template <WeightFormat F>
 inline Vec value(Words w, int i) {
   if constexpr (F == WeightFormat::kF32) {
@@ -61,11 +72,13 @@ inline Vec value(Words w, int i) {
     const __m512i half = i == 0 ? w.v : _mm512_srli_epi32(w.v, 16);
     return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half))};
   } else if constexpr (F == WeightFormat::kInt8) {
-    const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(w.v, _mm512_set1_epi32(8 * i)), _mm512_set1_epi32(255));
-    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(128)))};
+    return {small_integer(i < 2 ? w.v : _mm512_srli_epi32(w.v, 16), i % 2 * 8, 255, 128)};
+  } else if (i % 4 == 3) {
+    return {small_integer(i < 4 ? w.v : _mm512_srli_epi32(w.v, 16), 12, 15, 8)};
   } else {
-    // The table lookup reads only the low four bits of each lane: no mask is needed.
+    // A table lookup, which reads only the low four bits of each lane. One value in four is formed
+    // otherwise to spread the work over the execution ports.
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm512_permutexvar_ps(_mm512_srlv_epi32(w.v, _mm512_set1_epi32(4 * i)), table)};
+    return {_mm512_permutexvar_ps(i == 0 ? w.v : _mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)), table)};
   }
 }

@@ -58,7 +58,7 @@ KvCache::Sequence& KvCache::find(std::int64_t sequence) {
 }
 
 std::int64_t KvCache::index_in_chunk(std::int64_t position) const {
-  return chunk_ > 0 ? position % chunk_ : position;
+  return camelid::index_in_chunk(position, chunk_);
 }
 
 std::int64_t KvCache::pages_for(std::int64_t n_tokens) const {

@@ -16,6 +16,11 @@ namespace camelid {
 // Source: transformers modeling_rope_utils.py; LLAMA4.md, step 3.
 std::vector<double> rope_frequencies(const ModelConfig& config);
 
+// Where a position stands in its chunk; without chunks (chunk 0) in the sequence.
+constexpr std::int64_t index_in_chunk(std::int64_t position, std::int64_t chunk) {
+  return chunk > 0 ? position % chunk : position;
+}
+
 // Appends cos, sin of `index` * frequency for every pair: [head_dim / 2, 2] float32.
 void append_rotation(std::vector<float>& out, const std::vector<double>& frequencies,
                      std::int64_t index);

@@ -56,14 +56,17 @@ WeightChoice weight_choice_from_name(const std::string& name) {
        "\" is not supported by this build, expected auto, bf16, int8 or int4.");
 }
 
-Weights::Weights(Backend& backend, const ModelConfig& config, WeightChoice choice)
-    : backend_(backend), config_(config), choice_(choice) {}
+Weights::Weights(Backend& backend, const ModelConfig& config, WeightChoice choice, OnPacked on_packed)
+    : backend_(backend), config_(config), choice_(choice), on_packed_(std::move(on_packed)) {}
 
 std::unique_ptr<Matrix> Weights::pack(std::vector<LinearSource> stack, bool quantisable) {
   std::vector<PackOptions> options;
   for (const LinearSource& source : stack) options.push_back(options_for(source, choice_, quantisable));
   std::unique_ptr<Matrix> matrix = backend_.pack(stack, options);
   bytes_ += matrix->bytes;
+  if (on_packed_) {
+    for (const LinearSource& source : stack) on_packed_(source.name);
+  }
   return matrix;
 }
 

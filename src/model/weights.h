@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -42,9 +43,12 @@ struct LayerSources {
 enum class WeightChoice { kAsStored, kBf16, kInt8, kInt4 };
 WeightChoice weight_choice_from_name(const std::string& name);
 
+// Called with a source's name once it is packed: its mapped pages may go.
+using OnPacked = std::function<void(const std::string& name)>;
+
 class Weights {
  public:
-  Weights(Backend& backend, const ModelConfig& config, WeightChoice choice);
+  Weights(Backend& backend, const ModelConfig& config, WeightChoice choice, OnPacked on_packed);
 
   void load_embedding(const LinearSource& source);
   void load_layer(const LayerSources& sources);  // the next one, in order
@@ -67,6 +71,7 @@ class Weights {
   Backend& backend_;
   const ModelConfig& config_;
   WeightChoice choice_;
+  OnPacked on_packed_;
   std::unique_ptr<Matrix> embedding_;
   std::unique_ptr<Matrix> head_;
   Buffer final_norm_;

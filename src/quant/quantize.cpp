@@ -94,11 +94,11 @@ void convert_in_column_order(const LinearSource& s, std::int64_t first_row, std:
 }
 
 bool all_finite(const float* values, std::int64_t n) {
-  std::uint32_t largest = 0;
+  std::int32_t largest = 0;
   for (std::int64_t i = 0; i < n; ++i) {
-    largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & 0x7fffffffu);
+    largest = std::max(largest, std::bit_cast<std::int32_t>(values[i]) & 0x7fffffff);
   }
-  return largest < 0x7f800000u;
+  return largest < 0x7f800000;
 }
 
 [[noreturn]] void refuse_value(const LinearSource& source, float value, std::string_view what,
@@ -168,24 +168,42 @@ void read_quantised(const LinearSource& source, std::int64_t first_row, std::int
   }
 }
 
-// One group of one row: its scale as bf16 bits, and q at the right bits of words.
-std::uint16_t quantize_group(const float* w, std::int64_t first, std::int64_t last, int bits,
-                             std::uint32_t* words) {
+// max |w| over finite values. Bits of non-negative floats order like integers, and integers let the
+// compiler use vectors.
+float largest_magnitude(const float* w, std::int64_t n) {
+  std::int32_t largest = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, std::bit_cast<std::int32_t>(w[i]) & 0x7fffffff);
+  }
+  return std::bit_cast<float>(largest);
+}
+
+// One group of one row: writes q in offset-binary, returns its scale as bf16 bits.
+std::uint16_t quantize_group(const float* w, std::int64_t n, int bits, std::int32_t* q) {
   const auto largest_q = static_cast<float>((1 << (bits - 1)) - 1);
   const float smallest_q = -largest_q - 1.0f;
-  float magnitude = 0.0f;
-  for (std::int64_t i = first; i < last; ++i) magnitude = std::max(magnitude, std::fabs(w[i]));
-  std::uint16_t scale_bits = f32_to_bf16(magnitude / (largest_q + 0.5f));
+  std::uint16_t scale_bits = f32_to_bf16(largest_magnitude(w, n) / (largest_q + 0.5f));
   if (scale_bits == 0) scale_bits = f32_to_bf16(1.0f);
   const float scale = bf16_to_f32(scale_bits);
-  const std::int64_t per_word = 32 / bits;
-  for (std::int64_t i = first; i < last; ++i) {
+  for (std::int64_t i = 0; i < n; ++i) {
     // Adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even.
-    const float q = std::clamp((w[i] / scale + 12582912.0f) - 12582912.0f, smallest_q, largest_q);
-    const auto stored = static_cast<std::uint32_t>(static_cast<int>(q - smallest_q));
-    words[i / per_word] |= stored << (bits * static_cast<int>(i % per_word));
+    float rounded = (w[i] / scale + 12582912.0f) - 12582912.0f;
+    rounded = rounded < smallest_q ? smallest_q : rounded;
+    rounded = rounded > largest_q ? largest_q : rounded;
+    q[i] = static_cast<std::int32_t>(rounded - smallest_q);
   }
   return scale_bits;
+}
+
+// words: kBits of each q side by side, lowest bits first; q holds whole words.
+template <int kBits>
+void join_words(const std::int32_t* q, std::int64_t n_words, std::int32_t* words) {
+  constexpr int kPerWord = 32 / kBits;
+  for (std::int64_t w = 0; w < n_words; ++w, q += kPerWord) {
+    std::uint32_t word = 0;
+    for (int i = 0; i < kPerWord; ++i) word |= static_cast<std::uint32_t>(q[i]) << (kBits * i);
+    words[w] = static_cast<std::int32_t>(word);
+  }
 }
 
 }  // namespace
@@ -227,19 +245,19 @@ void quantize_rows(const float* rows, std::int64_t n_rows, std::int64_t in_dim, 
   const std::int64_t per_word = 32 / bits;
   const std::int64_t n_words = (in_dim + per_word - 1) / per_word;
   const std::int64_t n_groups = (in_dim + group_size - 1) / group_size;
-  std::vector<std::uint32_t> row_words(static_cast<std::size_t>(n_words));
-  for (std::int64_t r = 0; r < n_rows; ++r) {
-    std::fill(row_words.begin(), row_words.end(), 0u);
+  // One row of q; what lies past in_dim stays the zero point.
+  std::vector<std::int32_t> q(static_cast<std::size_t>(n_words * per_word), 1 << (bits - 1));
+  for (std::int64_t r = 0; r < n_rows; ++r, rows += in_dim, words += n_words, scales += n_groups) {
     for (std::int64_t g = 0; g < n_groups; ++g) {
       const std::int64_t first = g * group_size;
-      const std::int64_t last = std::min(first + group_size, in_dim);
-      scales[r * n_groups + g] =
-          quantize_group(rows + r * in_dim, first, last, bits, row_words.data());
+      const std::int64_t n = std::min(group_size, in_dim - first);
+      scales[g] = quantize_group(rows + first, n, bits, q.data() + first);
     }
-    for (std::int64_t i = in_dim; i < n_words * per_word; ++i) {  // the tail: q = 0
-      row_words.back() |= 1u << (bits * static_cast<int>(i % per_word) + bits - 1);
+    if (bits == 4) {
+      join_words<4>(q.data(), n_words, words);
+    } else {
+      join_words<8>(q.data(), n_words, words);
     }
-    std::memcpy(words + r * n_words, row_words.data(), static_cast<std::size_t>(n_words) * 4);
   }
 }
 

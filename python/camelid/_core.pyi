@@ -1,0 +1,88 @@
+"""The compiled engine (csrc/). Private: use `camelid.LLM`."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camelid.checkpoint import LayerSources, LinearSource
+from camelid.config import ModelConfig
+
+__version__: str
+
+class SamplerParams:
+    """What the sampler of one sequence does; every field has its neutral default."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
+        n_logprobs: int = -1,
+        logit_bias: Mapping[int, float] = ...,
+        banned: Sequence[int] = ...,
+    ) -> None: ...
+
+class Sampled:
+    """One sampled token: `top` holds (token id, logprob) pairs, best first, when asked for."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+class StepResult:
+    sampled: list[Sampled]  # one per entry of the step; token -1 where nothing was asked for
+    logits: NDArray[np.float32]  # [rows of all entries with output 2, vocab_size]
+
+class Engine:
+    """One model on one device. All methods may be called from any thread; long ones release the GIL."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: str = "auto",
+        threads: int = 0,
+        weights: str = "auto",
+        kv_cache: str = "f32",
+        memory_bytes: int = 0,
+        page_size: int = 64,
+        max_step_tokens: int = 512,
+        on_packed: Callable[[str], None] | None = None,  # a source's name: its pages may go
+    ) -> None: ...
+    def load_embedding(self, source: LinearSource) -> None: ...
+    def load_layer(self, sources: LayerSources) -> None: ...
+    def load_head(self, final_norm: NDArray[np.float32], head: LinearSource | None) -> None: ...
+    def finish_loading(self) -> None: ...
+    def open_sequence(self, params: SamplerParams) -> int: ...
+    def close_sequence(self, sequence: int) -> None: ...
+    def step(
+        self,
+        sequences: NDArray[np.int64],
+        counts: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        outputs: NDArray[np.uint8],  # 0 nothing, 1 sample, 2 logits of every token
+    ) -> StepResult: ...
+    def kv_bytes_for(self, n_tokens: int) -> int: ...
+    def kv_tokens_in(self, n_bytes: int) -> int: ...
+    def memory(self) -> dict[str, int]: ...
+    """weight_bytes, workspace_bytes, kv_limit_bytes, kv_used_bytes, page_size"""
+    def describe(self) -> str: ...
+    def check_invariants(self) -> None: ...
+
+def quantize(
+    source: LinearSource, bits: int, group_size: int, threads: int = 0
+) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
+    """Words int32 [out, ceil(in / (32 / bits))] and scales bf16 bits [out, n_groups]."""
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's or its cgroup's, whichever is less."""
+
+def default_threads() -> int:
+    """Physical cores this process may use."""

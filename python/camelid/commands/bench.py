@@ -1,0 +1,108 @@
+"""`camelid bench`: tokens per second, in llama-bench's language."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from camelid.bench import Case, Row, cases, measure
+from camelid.commands.common import add_load_flags, load_options, shows_progress
+from camelid.errors import InvalidRequest
+from camelid.options import LoadOptions, parse_count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("model", help="folder of a checkpoint, or a hub id")
+    for flag, name, default, text in (
+        ("-p", "n_prompt", "512", "tokens of a prompt to read"),
+        ("-n", "n_gen", "128", "tokens to generate"),
+        ("-d", "depth", "0", "tokens already in the context"),
+        ("-b", "batch", "1", "sequences that generate at once"),
+    ):
+        parser.add_argument(
+            flag, dest=name, default=default, metavar="N,N", help=f"{text} (default {default})"
+        )
+    parser.add_argument("-t", dest="threads", type=int, metavar="N", help="as --threads")
+    parser.add_argument(
+        "-r", dest="repeats", type=int, default=5, metavar="N", help="runs of each (default 5)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_load_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print."""
+    from tqdm import tqdm
+
+    import camelid
+    from camelid.checkpoint import Checkpoint
+    from camelid.loading import find_folder, load
+
+    if options.repeats < 1:
+        raise InvalidRequest(f"[bench] -r is {options.repeats}, expected at least 1.")
+    numbers = [_numbers(getattr(options, name)) for name in ("n_prompt", "n_gen", "depth", "batch")]
+    what = cases(*numbers)
+    wanted = LoadOptions.parse(**load_options(options))
+    with Checkpoint.open(find_folder(options.model)) as checkpoint:
+        loaded = load(checkpoint, wanted, max_step_tokens=512, progress=shows_progress())
+    _check_fit(loaded.core, what)
+    record = {
+        "version": camelid.__version__,
+        "model": str(options.model),
+        "device": loaded.core.describe(),
+        "weights": wanted.weights,
+        "kv_cache": loaded.kv_cache,
+        "weight_bytes": loaded.core.memory()["weight_bytes"],
+    }
+    total = len(what) * (options.repeats + 1)
+    with tqdm(total=total, desc="measuring", disable=not shows_progress(), leave=False) as bar:
+        rows = list(
+            measure(
+                loaded.core,
+                loaded.config.vocab_size,
+                what,
+                repeats=options.repeats,
+                progress=bar.update,
+            )
+        )
+    if options.json:
+        print(json.dumps({**record, "rows": [_row_record(row) for row in rows]}, indent=2))
+        return 0
+    print(f"{record['model']}, {record['device']}, KV cache {record['kv_cache']}")
+    print(f"{'test':<24}{'median tokens/s':>16}   runs")
+    for row in rows:
+        runs = " ".join(f"{speed:.2f}" for speed in row.tokens_per_second)
+        print(f"{row.case.name:<24}{row.median:>16.2f}   {runs}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    values = [item.strip() for item in text.split(",")]
+    return [0 if value == "0" else parse_count("bench", value) for value in values]
+
+
+def _check_fit(core: Any, what: list[Case]) -> None:
+    limit = core.memory()["kv_limit_bytes"]
+    for case in what:
+        if case.n_batch < 1:
+            raise InvalidRequest("[bench] -b holds a 0, expected at least one sequence.")
+        needed = core.kv_bytes_for(case.n_context) * case.n_batch
+        if needed > limit:
+            raise InvalidRequest(
+                f"[bench] {case.name} needs {needed} bytes of KV cache, {limit} exist. Choose a "
+                "smaller -d or -b, or raise --memory."
+            )
+
+
+def _row_record(row: Row) -> dict[str, Any]:
+    return {
+        "test": row.case.name,
+        "n_prompt": row.case.n_prompt,
+        "n_gen": row.case.n_answer,
+        "depth": row.case.depth,
+        "batch": row.case.n_batch,
+        "tokens_per_second": row.tokens_per_second,
+        "median": row.median,
+    }

@@ -1,0 +1,325 @@
+"""The loop: one thread per model that turns queued requests into engine steps and answers.
+
+Owns the thread, its start and end, and that every sequence it opens is closed. What to run is
+`scheduler.py`'s decision, what an answer is `request.py`'s. Must never know text or files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from camelid.errors import (
+    Cancelled,
+    CapacityError,
+    Error,
+    InternalError,
+    InvalidRequest,
+    Unsupported,
+)
+from camelid.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from camelid import _core
+    from camelid.options import ResolvedSampling
+    from camelid.request import Delta, Request
+
+__all__ = ["EngineLoop"]
+
+logger = logging.getLogger("camelid")
+
+# How often a waiting caller looks whether the thread it waits for still lives.
+_LOOK_SECONDS = 0.5
+
+
+def _sampler_params(params: ResolvedSampling) -> _core.SamplerParams:
+    from camelid import _core
+
+    return _core.SamplerParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        n_logprobs=-1 if params.logprobs is None else params.logprobs,
+        logit_bias=params.logit_bias,
+    )
+
+
+class EngineLoop:
+    """Runs requests on an engine in a thread of its own, which starts with the first of them.
+
+    Args:
+        core: The engine, loaded. The loop is its only user.
+        max_step_tokens: Most tokens in one step.
+        max_running: Most sequences that run at once.
+        to_sampler: Makes the engine's sampler settings.
+    """
+
+    def __init__(
+        self,
+        core: _core.Engine,
+        *,
+        max_step_tokens: int = 512,
+        max_running: int = 64,
+        to_sampler: Callable[[ResolvedSampling], Any] = _sampler_params,
+    ) -> None:
+        self._core = core
+        self._to_sampler = to_sampler
+        self._process = os.getpid()
+        self._limit_bytes = core.memory()["kv_limit_bytes"]
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        # Shared, under the lock.
+        self._arrived: list[Request] = []
+        self._to_cancel: list[Request] = []
+        self._cancel_active = False
+        self._closed = False
+        # The thread's own.
+        self._keys = itertools.count()
+        self._active: dict[int, Request] = {}
+        self._key_of: dict[Request, int] = {}
+        self._scheduler = Scheduler(
+            limit_bytes=self._limit_bytes, max_step_tokens=max_step_tokens, max_running=max_running
+        )
+        _loops.add(self)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its `deliver` hears of everything that follows.
+
+        Raises:
+            InvalidRequest: If the model is closed.
+            Unsupported: In a process forked after the model was loaded.
+        """
+        self._check_process()
+        with self._wake:
+            if self._closed:
+                raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
+            self._arrived.append(request)
+            if self._thread is None:
+                # A daemon, or the interpreter would wait for it before anyone could stop it.
+                thread = threading.Thread(target=self._work, name="camelid-engine", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._wake.notify()
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """End requests early; those that have ended are left alone. Returns at once."""
+        if os.getpid() == self._process:
+            with self._wake:
+                self._to_cancel.extend(requests)
+                self._wake.notify()
+
+    def cancel_all(self) -> None:
+        """End every request that runs or waits."""
+        self._check_process()
+        with self._wake:
+            self._to_cancel.extend(self._arrived)
+            self._cancel_active = True
+            self._wake.notify()
+
+    def wait(self, events: queue.SimpleQueue[Delta | Error]) -> Delta | Error:
+        """Return the next of a request's events; Ctrl-C gets through while waiting."""
+        while True:
+            try:
+                return events.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                self._check_process()
+                if (self._thread is None or not self._thread.is_alive()) and events.empty():
+                    raise InternalError(
+                        "[engine] the engine's thread is gone. This is a bug; please report it."
+                    ) from None
+
+    def close(self) -> None:
+        """Stop the thread after the step it is in; requests under way fail with Cancelled."""
+        if os.getpid() != self._process:
+            return  # the thread lives in the parent
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+            thread = self._thread
+        # The garbage collector may call this from the very thread that is to end.
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def release(self) -> None:
+        """Let go of the engine's memory; only after close()."""
+        if os.getpid() == self._process and self._closed:
+            _loops.discard(self)
+            vars(self).pop("_core", None)  # whoever uses it now has a bug worth an AttributeError
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise Unsupported(
+                "[engine] this process was forked after the model was loaded, and its threads "
+                "stayed in the parent. Load the model in the child, or start children with "
+                'multiprocessing.set_start_method("spawn").'
+            )
+
+    def _work(self) -> None:
+        """Run until closed. Whatever happens, everyone gets an answer and every sequence closes."""
+        reason: Error = Cancelled("[llm] the model was closed while this request was under way.")
+        try:
+            while self._take_news():
+                self._run_step()
+        except BaseException as error:
+            logger.exception("the engine's loop failed")
+            reason = _as_error(error)
+        finally:
+            with self._wake:
+                self._closed = True
+                arrived, self._arrived = self._arrived, []
+            for request in [*self._active.values(), *arrived]:
+                self._fail(request, reason)
+
+    def _take_news(self) -> bool:
+        """Wait for something to do, take in requests and cancellations; False ends the loop."""
+        with self._wake:
+            while not (self._closed or self._arrived or self._active):
+                # Nothing runs, so there is nothing to cancel.
+                self._to_cancel.clear()
+                self._cancel_active = False
+                self._wake.wait()
+            if self._closed:
+                return False
+            arrived, self._arrived = self._arrived, []
+            to_cancel, self._to_cancel = self._to_cancel, []
+            if self._cancel_active:
+                to_cancel += self._active.values()
+            self._cancel_active = False
+        for request in arrived:
+            self._enqueue(request)
+        for request in to_cancel:
+            if request in self._key_of:
+                self._tell(request, request.cancel)
+        return True
+
+    def _enqueue(self, request: Request) -> None:
+        try:
+            n_bytes = self._core.kv_bytes_for(request.n_reserved)
+            if n_bytes > self._limit_bytes:
+                n_fit = self._core.kv_tokens_in(self._limit_bytes)
+                raise CapacityError(
+                    f"[kv] {request.n_reserved} tokens need {n_bytes} bytes of KV cache, "
+                    f"{self._limit_bytes} exist: {n_fit} tokens fit. Shorten the prompt, lower "
+                    "max_tokens, or raise memory=."
+                )
+        except Exception as error:
+            self._fail(request, error)
+            return
+        key = next(self._keys)
+        self._active[key] = request
+        self._key_of[request] = key
+        self._scheduler.add(
+            key, len(request.prompt), reserved_bytes=n_bytes, step_tokens=request.step_tokens
+        )
+
+    def _run_step(self) -> None:
+        turns = [(self._active[t.key], t.n_tokens) for t in self._scheduler.next_step()]
+        turns = [turn for turn in turns if self._open(turn[0])]
+        if not turns:
+            return
+        try:
+            result = self._core.step(
+                np.array([request.sequence for request, _ in turns], np.int64),
+                np.array([n for _, n in turns], np.int32),
+                np.concatenate([request.next_tokens(n) for request, n in turns], dtype=np.int32),
+                np.array([request.wanted_output(n) for request, n in turns], np.uint8),
+            )
+        except Exception as error:
+            for request, _ in turns:
+                self._fail(request, error)
+            return
+        row = 0
+        for (request, n_tokens), sampled in zip(turns, result.sampled, strict=True):
+            output = request.wanted_output(n_tokens)
+            if output == 1:
+                self._tell(request, request.take_sampled, sampled)
+            elif output == 2:
+                self._tell(request, request.take_logits, result.logits[row : row + n_tokens])
+                row += n_tokens
+            request.advance(n_tokens)
+
+    def _open(self, request: Request) -> bool:
+        """Open the request's sequence if it has none; on failure only this request ends."""
+        if request.sequence is None:
+            try:
+                request.sequence = self._core.open_sequence(self._to_sampler(request.params))
+            except Exception as error:
+                self._fail(request, error)
+                return False
+        return True
+
+    def _tell(self, request: Request, how: Callable[..., Delta | None], *what: Any) -> None:
+        """Hand something to a request; if it cannot take it, it ends, and nobody else."""
+        try:
+            delta = how(*what)
+            if request.finished:
+                self._forget(request)
+            if delta is not None:
+                request.deliver(delta)
+        except Exception as error:
+            logger.exception("a request could not take its result")
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self._forget(request)
+        request.finished = True
+        try:
+            request.deliver(_as_error(error))
+        except Exception:
+            logger.exception("a request could not take its error")
+
+    def _forget(self, request: Request) -> None:
+        """Drop a request from every list and close its sequence; harmless when done before."""
+        key = self._key_of.pop(request, None)
+        if key is not None:
+            del self._active[key]
+            self._scheduler.remove(key)
+        sequence, request.sequence = request.sequence, None
+        if sequence is not None:
+            try:
+                self._core.close_sequence(sequence)
+            except Exception:
+                logger.exception("sequence %d could not be closed", sequence)
+
+
+def _as_error(error: BaseException) -> Error:
+    """Return an Error of its own for each request: a raised one collects its raiser's frames."""
+    if isinstance(error, Error):
+        return type(error)(*error.args)
+    if isinstance(error, MemoryError):
+        mine: Error = CapacityError(
+            "[engine] the machine ran out of memory during a step. Set a lower memory= or "
+            "max_context=, or run fewer requests at once."
+        )
+    else:
+        mine = InternalError(
+            f"[engine] {type(error).__name__}: {error}. This is a bug of camelid; please report it."
+        )
+    mine.__cause__ = error
+    return mine
+
+
+_loops: weakref.WeakSet[EngineLoop] = weakref.WeakSet()
+
+
+def _keep_engines() -> None:
+    """In a forked child, never destroy an engine: its destructor would wait for its threads."""
+    for loop in list(_loops):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(loop._core))
+
+
+os.register_at_fork(after_in_child=_keep_engines)

@@ -1,0 +1,182 @@
+"""From a folder to an engine that holds its weights, by way of a memory plan.
+
+Owns where a model comes from (folder or hub), whether it will fit, and the order in which it is
+packed, so that no more than one matrix is in memory twice. Must never know requests or text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from camelid.checkpoint import (
+    Checkpoint,
+    account,
+    embedding_source,
+    final_norm_source,
+    head_source,
+    layer_sources,
+)
+from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
+from camelid.layout import embedding_name
+from camelid.options import LoadOptions
+from camelid.report import KV_ELEMENT_BYTES, kv_report, loaded_bytes
+
+if TYPE_CHECKING:
+    from camelid import _core
+    from camelid.config import ModelConfig
+    from camelid.sources import LinearSource
+
+__all__ = ["Loaded", "find_folder", "load", "show_bytes"]
+
+# What a repository on the hub must hold for us; weights in other formats stay there.
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded engine and what was decided on the way."""
+
+    core: _core.Engine
+    config: ModelConfig
+    kv_cache: str
+
+
+def find_folder(model: str | os.PathLike[str]) -> Path:
+    """Return the model's folder, downloading it when `model` names a repository on the hub.
+
+    Raises:
+        CheckpointError: If there is no such folder or repository.
+        Unsupported: If it looks like a repository and huggingface_hub is not installed.
+    """
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise InvalidRequest(f"[llm] model is {model!r:.80}, expected a folder or a hub id.")
+    path = Path(model)
+    name = os.fspath(model)
+    if path.exists() or not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
+        return path  # Checkpoint.open says what is wrong with it
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise Unsupported(
+            f"[llm] {name} is no folder here. To download it from the hub, "
+            'pip install "camelid[hub]"; or give the path of a downloaded folder.'
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"[llm] {name} could not be downloaded: {error}") from error
+
+
+def load(
+    checkpoint: Checkpoint, options: LoadOptions, *, max_step_tokens: int, progress: bool = False
+) -> Loaded:
+    """Check, plan and pack a checkpoint; nothing is kept when any of it fails.
+
+    Raises:
+        CapacityError: Before a weight is read, if the weights cannot fit.
+        CheckpointError: If the folder is incomplete or damaged.
+        Unsupported: If the device is not there.
+    """
+    from camelid import _core
+
+    account(checkpoint)
+    config = checkpoint.config
+    kv_cache = options.kv_cache_for(checkpoint.entry(embedding_name(config)).dtype)
+    releaser = _Releaser(checkpoint)
+    core = _core.Engine(
+        config,
+        device=options.device,
+        threads=options.threads or 0,
+        weights=options.weights,
+        kv_cache=kv_cache,
+        memory_bytes=options.memory or 0,
+        max_step_tokens=max_step_tokens,
+        on_packed=releaser,
+    )
+    if options.memory is not None or core.describe().startswith("cpu"):
+        limit = options.memory or _core.available_memory()
+        check_plan(checkpoint, options, kv_cache=kv_cache, limit_bytes=limit)
+    _load_weights(core, checkpoint, releaser, progress=progress)
+    core.finish_loading()
+    return Loaded(core, config, kv_cache)
+
+
+def check_plan(
+    checkpoint: Checkpoint, options: LoadOptions, *, kv_cache: str, limit_bytes: int
+) -> None:
+    """Refuse weights that will not fit beside one page of KV cache.
+
+    Raises:
+        CapacityError: Saying what is needed, what there is, and which choices would fit.
+    """
+    one_page = kv_report(checkpoint.config, KV_ELEMENT_BYTES[kv_cache]).bytes_for(1)
+    needed = loaded_bytes(checkpoint, options.weights) + one_page
+    if needed <= limit_bytes:
+        return
+    sizes = {name: loaded_bytes(checkpoint, name) + one_page for name in ("int8", "int4")}
+    fitting = [name for name, size in sizes.items() if size <= limit_bytes]
+    if fitting:
+        advice = f'weights="{fitting[0]}" takes {show_bytes(sizes[fitting[0]])} and would fit.'
+    else:
+        least = min([needed, *sizes.values()])
+        advice = f"The smallest choice of weights= takes {show_bytes(least)}."
+    there = "memory= allows" if options.memory is not None else "this process may still take"
+    raise CapacityError(
+        f"[memory] {checkpoint.folder} with weights={options.weights} takes {show_bytes(needed)}, "
+        f"{there} {show_bytes(limit_bytes)}. {advice}"
+    )
+
+
+class _Releaser:
+    """Gives back a matrix's mapped pages once it is packed, so that no layer is held twice."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tensors: dict[str, tuple[str, ...]] = {}  # by the matrix's name
+
+    def expect(self, linears: Iterable[LinearSource]) -> None:
+        self._tensors = {linear.name: linear.tensor_names for linear in linears}
+
+    def __call__(self, name: str) -> None:
+        self._checkpoint.release(self._tensors[name])
+
+
+def _load_weights(
+    core: _core.Engine, checkpoint: Checkpoint, releaser: _Releaser, *, progress: bool
+) -> None:
+    """Pack part after part."""
+    from tqdm import tqdm
+
+    config = checkpoint.config
+    with tqdm(
+        total=config.n_layers + 2, desc="loading", unit="layer", disable=not progress, leave=False
+    ) as bar:
+        embedding = embedding_source(checkpoint)
+        releaser.expect([embedding])
+        core.load_embedding(embedding)
+        bar.update()
+        for layer in range(config.n_layers):
+            sources = layer_sources(checkpoint, layer)
+            releaser.expect(sources.linears())
+            core.load_layer(sources)
+            bar.update()
+        head = head_source(checkpoint)
+        releaser.expect([head] if head else [])
+        core.load_head(final_norm_source(checkpoint), head)
+        bar.update()
+
+
+def show_bytes(n_bytes: int) -> str:
+    """Show a size for people, with three digits or more."""
+    value = float(n_bytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"

@@ -1,0 +1,311 @@
+// Causal attention of a block of query rows over the pages of one kv head, by online softmax: memory
+// does not grow with the context. Included inside the anonymous namespace of each isa_*.cpp after
+// rows.inl; must never know of threads, nor call an inline function of std.
+//
+//              strip: up to 64 keys of one page
+//           +------------------+        +-----------+
+//   queries | q . k  -> weight |   x    | values    |  -> merged into sums [queries, head_dim]
+//   of tile |  [6 x 64] stack  |        | [64 x hd] |     (sums = sums * correction + weights . values)
+//           +------------------+        +-----------+
+//
+// A query is one row and one of the heads sharing the kv head: query = row * group + head. Tiles only
+// decide which queries share a load of keys and values. Every query has its own chain of operations: over
+// head_dim in order for a score, over its own visible keys in order for a strip's product, strip after
+// strip from key 0. Strips are cut from page starts. So its result is bit-identical for every task,
+// cut and batch.
+
+constexpr std::int64_t kStripKeys = 64;
+// Queries of a block: their sums at head_dim 128 are 64 KiB, which with a page stay inside L2.
+constexpr std::int64_t kBlockQueries = 128;
+// Accumulators a tile may hold, in Vecs: 24 of 32 registers on AVX-512; 6 pairs of 16 on AVX2; the rest
+// of the registers hold keys or values. alignof tells the three vector types apart.
+constexpr int kTileVecs = alignof(Vec) == 64 ? 24 : alignof(Vec) == 32 ? 6 : 2;
+constexpr int kTileQueries = kTileVecs < 6 ? kTileVecs : 6;
+// Columns (Vecs) a tile of m queries takes at once.
+constexpr int tile_columns(int m) {
+  return kTileVecs / m >= 4 ? 4 : kTileVecs / m >= 2 ? 2 : 1;
+}
+
+struct QueryBlock {
+  std::int64_t head_dim;
+  std::int64_t n_vecs;     // that cover head_dim
+  std::int64_t n_queries;
+  float* q;                // [n_queries, head_dim], times head_dim^-0.5
+  float* sums;             // [n_queries, n_vecs * 16], vector j holding dims value_offset(j) + 0..15
+  float* maxima;           // [n_queries] largest score so far
+  float* totals;           // [n_queries] sum of weights so far
+};
+
+// Keys and values of one strip, as they lie in a page.
+template <class T>
+struct Strip {
+  const T* keys;    // [head_dim][key_stride]
+  const T* values;  // [n_keys][value_dim]
+  std::int64_t key_stride;
+  std::int64_t value_dim;  // head_dim, at least 16
+  std::int64_t n_keys;
+};
+
+// One tile at one strip.
+struct Tile {
+  int n_queries;
+  float* q;                          // of the block, at the tile's first query
+  float* sums;
+  std::int64_t visible[kTileQueries];  // keys of the strip each query sees, ascending
+  float weights[kTileQueries * kStripKeys];
+  float corrections[kLanes];
+};
+
+inline Vec load_kv(const float* p) { return Vec::load(p); }
+inline Vec load_kv(const std::uint16_t* p) { return Vec::load_bf16(p); }
+
+// The last vector overlaps its neighbour when head_dim is no multiple of 16, so no load leaves its row.
+inline std::int64_t value_offset(std::int64_t j, std::int64_t head_dim) {
+  return (j + 1) * kLanes <= head_dim ? j * kLanes : head_dim - kLanes;
+}
+
+// out[m][n] = sum over k in order of a[m][k] * b[k][n], m < M, n < N * 16.
+template <int M, int N, class T>
+inline void multiply(Vec (&out)[M][N], const float* a, std::int64_t a_stride, const T* b,
+                     std::int64_t b_stride, std::int64_t depth) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) out[m][n] = Vec::zero();
+  }
+  for (std::int64_t k = 0; k < depth; ++k, b += b_stride) {
+    Vec row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = load_kv(b + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec x = Vec::set(a[m * a_stride + k]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) out[m][n] = fma(x, row[n], out[m][n]);
+    }
+  }
+}
+
+// Scores of M queries at key vectors [first, first + N).
+template <int M, int N, class T>
+inline void score_columns(Tile& tile, const Strip<T>& strip, std::int64_t head_dim,
+                          std::int64_t first) {
+  Vec out[M][N];
+  multiply<M, N>(out, tile.q, head_dim, strip.keys + first * kLanes, strip.key_stride, head_dim);
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) out[m][n].store(tile.weights + m * kStripKeys + (first + n) * kLanes);
+  }
+}
+
+// Scores of the whole tile (M is lowered to its number of queries) at n_vecs key vectors. Slots never
+// written are read here too; their lanes are masked by weigh().
+template <int M, class T>
+void score(Tile& tile, const Strip<T>& strip, std::int64_t head_dim, std::int64_t n_vecs) {
+  if constexpr (M > 1) {
+    if (tile.n_queries < M) return score<M - 1>(tile, strip, head_dim, n_vecs);
+  }
+  constexpr int kColumns = tile_columns(M);
+  std::int64_t j = 0;
+  for (; j + kColumns <= n_vecs; j += kColumns) {
+    score_columns<M, kColumns>(tile, strip, head_dim, j);
+  }
+  for (; j < n_vecs; ++j) score_columns<M, 1>(tile, strip, head_dim, j);
+}
+
+// Turns the scores of each query into softmax weights against its new maximum, exactly 0 past its last
+// visible key, and finds the factor by which its earlier sums shrink. maxima, totals: the tile's.
+inline void weigh(Tile& tile, float* maxima, float* totals) {
+  constexpr float kInfinity = __builtin_inff();
+  float strip_totals[kLanes] = {};
+  for (float& correction : tile.corrections) correction = 0.0f;
+  for (int m = 0; m < tile.n_queries; ++m) {
+    if (tile.visible[m] == 0) continue;
+    float* row = tile.weights + m * kStripKeys;
+    const std::int64_t padded = (tile.visible[m] + kLanes - 1) / kLanes * kLanes;
+    for (std::int64_t k = tile.visible[m]; k < padded; ++k) row[k] = -kInfinity;
+    Vec largest = Vec::load(row);
+    for (std::int64_t k = kLanes; k < padded; k += kLanes) largest = max(largest, Vec::load(row + k));
+    const float strip_maximum = maximum(largest);
+    const float new_maximum = strip_maximum > maxima[m] ? strip_maximum : maxima[m];
+    Vec total = Vec::zero();
+    for (std::int64_t k = 0; k < padded; k += kLanes) {
+      const Vec weight = exp(Vec::load(row + k) - Vec::set(new_maximum));
+      weight.store(row + k);
+      total = total + weight;
+    }
+    tile.corrections[m] = maxima[m] - new_maximum;
+    strip_totals[m] = sum(total);
+    maxima[m] = new_maximum;
+  }
+  exp(Vec::load(tile.corrections)).store(tile.corrections);
+  for (int m = 0; m < tile.n_queries; ++m) {
+    if (tile.visible[m] > 0) totals[m] = totals[m] * tile.corrections[m] + strip_totals[m];
+  }
+}
+
+// A strip's product is summed from zero and merged once: 64 rounded additions, then one for each strip,
+// rather than one for each key of a million.
+template <int M, int N, class T>
+inline void value_columns(Tile& tile, int query, const T* values, std::int64_t head_dim,
+                          std::int64_t j) {
+  const std::int64_t n_vecs = (head_dim + kLanes - 1) / kLanes;
+  Vec out[M][N];
+  multiply<M, N>(out, tile.weights + query * kStripKeys, kStripKeys,
+                 values + value_offset(j, head_dim), head_dim, tile.visible[query]);
+  for (int m = 0; m < M; ++m) {
+    const Vec correction = Vec::set(tile.corrections[query + m]);
+    float* sums = tile.sums + ((query + m) * n_vecs + j) * kLanes;
+    for (int n = 0; n < N; ++n) {
+      fma(Vec::load(sums + n * kLanes), correction, out[m][n]).store(sums + n * kLanes);
+    }
+  }
+}
+
+// Merges the strip's values into queries [query, query + run), which all see the same keys. Reads no
+// value past them: 0 * NaN would be NaN.
+template <int M, class T>
+void add_values(Tile& tile, int query, int run, const T* values, std::int64_t head_dim) {
+  if constexpr (M > 1) {
+    if (run < M) return add_values<M - 1>(tile, query, run, values, head_dim);
+  }
+  constexpr int kColumns = tile_columns(M);
+  const std::int64_t n_whole = head_dim / kLanes;
+  std::int64_t j = 0;
+  for (; j + kColumns <= n_whole; j += kColumns) {
+    value_columns<M, kColumns>(tile, query, values, head_dim, j);
+  }
+  for (; j * kLanes < head_dim; ++j) value_columns<M, 1>(tile, query, values, head_dim, j);
+}
+
+// Merges one strip into every query of the block that sees some of it. `first_visible` is the number
+// of keys query 0 sees of the strip (not clamped); each further row sees one more.
+template <class T>
+void attend_strip(const QueryBlock& block, const Strip<T>& strip, std::int64_t first_visible,
+                  std::int64_t group) {
+  Tile tile;
+  for (std::int64_t first = 0; first < block.n_queries; first += kTileQueries) {
+    const std::int64_t left = block.n_queries - first;
+    tile.n_queries = static_cast<int>(left < kTileQueries ? left : kTileQueries);
+    tile.q = block.q + first * block.head_dim;
+    tile.sums = block.sums + first * block.n_vecs * kLanes;
+    for (int m = 0; m < tile.n_queries; ++m) {
+      const std::int64_t seen = first_visible + (first + m) / group;
+      tile.visible[m] = seen < 0 ? 0 : seen < strip.n_keys ? seen : strip.n_keys;
+    }
+    const std::int64_t most = tile.visible[tile.n_queries - 1];
+    if (most == 0) continue;
+    score<kTileQueries>(tile, strip, block.head_dim, (most + kLanes - 1) / kLanes);
+    weigh(tile, block.maxima + first, block.totals + first);
+    for (int m = 0, end = 0; m < tile.n_queries; m = end) {
+      while (end < tile.n_queries && tile.visible[end] == tile.visible[m]) ++end;
+      if (tile.visible[m] == 0) continue;
+      add_values<kTileQueries>(tile, m, end - m, strip.values, strip.value_dim);
+    }
+  }
+}
+
+// Rows of fewer than 16 values cannot be loaded whole from a page without leaving it: heads that small
+// are widened here, once for each strip. Not a speed any model needs.
+template <class T>
+void widen_values(T* wide, const T* values, std::int64_t n_keys, std::int64_t head_dim) {
+  for (std::int64_t key = 0; key < n_keys; ++key) {
+    for (std::int64_t d = 0; d < kLanes; ++d) {
+      wide[key * kLanes + d] = d < head_dim ? values[key * head_dim + d] : T{0};
+    }
+  }
+}
+
+// Every strip of every page the block's rows may see, in order.
+template <class T>
+void attend_block(const AttendTask& task, const QueryBlock& block, std::int64_t first_row,
+                  std::int64_t group) {
+  const KvPages& pages = *task.pages;
+  const std::int64_t first_index = task.span->first_index + (first_row - task.span->first_row);
+  const std::int64_t n_keys = first_index + (block.n_queries + group - 1) / group;
+  T wide[kStripKeys * kLanes];
+  for (std::int64_t start = 0; start < n_keys; start += pages.page_size) {
+    const std::int32_t page = task.span->pages[start / pages.page_size];
+    const T* keys =
+        reinterpret_cast<const T*>(kv_head_base(pages, page, task.kv_layer, task.kv_head));
+    const T* values = keys + pages.head_dim * pages.page_size;
+    for (std::int64_t key = 0; key < pages.page_size && start + key < n_keys; key += kStripKeys) {
+      const std::int64_t left = pages.page_size - key;
+      Strip<T> strip = {keys + key, values + key * pages.head_dim, pages.page_size, pages.head_dim,
+                        left < kStripKeys ? left : kStripKeys};
+      if (pages.head_dim < kLanes) {
+        widen_values(wide, strip.values, strip.n_keys, pages.head_dim);
+        strip.values = wide;
+        strip.value_dim = kLanes;
+      }
+      attend_strip(block, strip, first_index + 1 - (start + key), group);
+    }
+  }
+}
+
+inline std::int64_t vecs_of(const AttendTask& task) {
+  return (task.pages->head_dim + kLanes - 1) / kLanes;
+}
+
+// A block takes whole rows, so that its queries' key counts rise row by row.
+inline std::int64_t block_rows(const AttendTask& task) {
+  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
+  const std::int64_t rows = kBlockQueries / group;
+  return rows < 1 ? 1 : rows < task.n_rows ? rows : task.n_rows;
+}
+
+std::size_t attend_scratch_floats(const AttendTask& task) {
+  const std::int64_t n_queries = block_rows(task) * (task.n_heads / task.pages->n_kv_heads);
+  return static_cast<std::size_t>(n_queries * (task.pages->head_dim + vecs_of(task) * kLanes + 2));
+}
+
+inline QueryBlock load_block(const AttendTask& task, std::int64_t first_row, std::int64_t n_rows,
+                             float* scratch) {
+  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
+  const std::int64_t head_dim = task.pages->head_dim;
+  QueryBlock block = {head_dim, vecs_of(task), n_rows * group, scratch, nullptr, nullptr, nullptr};
+  block.sums = block.q + block.n_queries * head_dim;
+  block.maxima = block.sums + block.n_queries * block.n_vecs * kLanes;
+  block.totals = block.maxima + block.n_queries;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+  for (std::int64_t i = 0; i < block.n_queries; ++i) {
+    const std::int64_t head = task.kv_head * group + i % group;
+    const float* q = task.q + (first_row + i / group) * task.q_stride + head * head_dim;
+    for (std::int64_t d = 0; d < head_dim; ++d) block.q[i * head_dim + d] = q[d] * scale;
+    for (std::int64_t d = 0; d < block.n_vecs * kLanes; ++d) block.sums[i * block.n_vecs * kLanes + d] = 0.0f;
+    block.maxima[i] = -__builtin_inff();
+    block.totals[i] = 0.0f;
+  }
+  return block;
+}
+
+inline void store_block(const AttendTask& task, const QueryBlock& block, std::int64_t first_row) {
+  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
+  const std::int64_t width = block.head_dim < kLanes ? kLanes : block.head_dim;
+  for (std::int64_t i = 0; i < block.n_queries; ++i) {
+    const std::int64_t head = task.kv_head * group + i % group;
+    float* y = task.y + (first_row + i / group) * task.y_stride + head * block.head_dim;
+    const float* sums = block.sums + i * block.n_vecs * kLanes;
+    for (std::int64_t j = 0; j < block.n_vecs; ++j) {
+      const std::int64_t offset = value_offset(j, width);
+      for (std::int64_t d = 0; d < kLanes && offset + d < block.head_dim; ++d) {
+        y[offset + d] = sums[j * kLanes + d] / block.totals[i];
+      }
+    }
+  }
+}
+
+void attend(const AttendTask& task, float* scratch) {
+  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
+  const std::int64_t step = block_rows(task);
+  for (std::int64_t done = 0; done < task.n_rows; done += step) {
+    const std::int64_t left = task.n_rows - done;
+    const std::int64_t first_row = task.first_row + done;
+    const QueryBlock block = load_block(task, first_row, left < step ? left : step, scratch);
+    if (task.pages->type == KvType::kF32) {
+      attend_block<float>(task, block, first_row, group);
+    } else {
+      attend_block<std::uint16_t>(task, block, first_row, group);
+    }
+    store_block(task, block, first_row);
+  }
+}

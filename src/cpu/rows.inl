@@ -1,0 +1,140 @@
+// What one row needs besides matrix products: exp, RMS norm, SiLU, and finishing a row of q, k, v (RoPE,
+// QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of each
+// isa_*.cpp after its simd_*.h; must never know of threads, nor call an inline function of std (the
+// linker could keep the copy compiled for the wider instruction set).
+
+// Lanes [0, n) of p, the rest zero. Reads nothing past p[n - 1].
+inline Vec load_first(const float* p, std::int64_t n) {
+  float lanes[kLanes] = {};
+  for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return Vec::load(lanes);
+}
+
+// e^x within 2 ulp on [-87, 88]; +0 below -87.7, +infinity above 88.73, NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2, polynomial of r from Cephes (expf). The high part of ln 2 has nine
+// significant bits, so n * high is exact even where fma rounds its product (the scalar table).
+// exp2_integral(-127) is a zero exponent field, hence exactly 0: no lane needs a comparison.
+inline Vec exp(Vec x) {
+  // Operand order matters: max and min give their second operand when either is NaN.
+  x = min(Vec::set(89.0f), max(Vec::set(-88.0f), x));
+  Vec n = round_nearest(x * Vec::set(1.44269504f));
+  n = max(min(n, Vec::set(127.0f)), Vec::set(-127.0f));
+  Vec r = fma(n, Vec::set(-0.693359375f), x);
+  r = fma(n, Vec::set(2.12194440e-4f), r);
+  Vec p = Vec::set(1.9875691500e-4f);
+  p = fma(p, r, Vec::set(1.3981999507e-3f));
+  p = fma(p, r, Vec::set(8.3334519073e-3f));
+  p = fma(p, r, Vec::set(4.1665795894e-2f));
+  p = fma(p, r, Vec::set(1.6666665459e-1f));
+  p = fma(p, r, Vec::set(5.0000001201e-1f));
+  p = fma(p, r * r, r) + Vec::set(1.0f);
+  return p * exp2_integral(n);
+}
+
+// 1 / sqrt(mean(x^2) + eps) over n values. Four interleaved sums hide the latency of addition; which
+// sum a value joins depends on its index only.
+inline float inverse_rms(const float* x, std::int64_t n, float eps) {
+  Vec squares[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const Vec v = Vec::load(x + i + j * kLanes);
+      squares[j] = fma(v, v, squares[j]);
+    }
+  }
+  for (int j = 0; i < n; ++j, i += kLanes) {
+    const Vec v = n - i >= kLanes ? Vec::load(x + i) : load_first(x + i, n - i);
+    squares[j] = fma(v, v, squares[j]);
+  }
+  const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  return 1.0f / __builtin_sqrtf(total / static_cast<float>(n) + eps);
+}
+
+// y[i] = (x[i] / rms(x)) * gain[i], in float32 as transformers' Llama4TextRMSNorm. y may be x.
+void norm_row(float* y, const float* x, const float* gain, std::int64_t n, float eps) {
+  const Vec inverse = Vec::set(inverse_rms(x, n, eps));
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    ((Vec::load(x + i) * inverse) * Vec::load(gain + i)).store(y + i);
+  }
+  if (i < n) {
+    const Vec scaled = (load_first(x + i, n - i) * inverse) * load_first(gain + i, n - i);
+    scaled.store_first(y + i, static_cast<int>(n - i));
+  }
+}
+
+// silu(g) u = g / (1 + e^-g) * u.
+inline Vec silu_mul(Vec gate, Vec up) {
+  return gate / (Vec::set(1.0f) + exp(Vec::zero() - gate)) * up;
+}
+
+// y[i] = silu(gate[i]) * up[i]. y may be gate or up.
+void silu_mul_row(float* y, const float* gate, const float* up, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    silu_mul(Vec::load(gate + i), Vec::load(up + i)).store(y + i);
+  }
+  if (i < n) {
+    silu_mul(load_first(gate + i, n - i), load_first(up + i, n - i))
+        .store_first(y + i, static_cast<int>(n - i));
+  }
+}
+
+// Rotates pairs (2i, 2i + 1) as complex numbers. rotation: [head_dim / 2, 2] cos, sin.
+inline void rotate_head(float* x, const float* rotation, std::int64_t head_dim) {
+  for (std::int64_t i = 0; i < head_dim; i += 2) {
+    const float real = x[i];
+    const float imaginary = x[i + 1];
+    const float cosine = rotation[i];
+    const float sine = rotation[i + 1];
+    x[i] = real * cosine - imaginary * sine;
+    x[i + 1] = real * sine + imaginary * cosine;
+  }
+}
+
+inline void scale_head(float* x, float factor, std::int64_t head_dim) {
+  for (std::int64_t i = 0; i < head_dim; ++i) x[i] *= factor;
+}
+
+inline void write_kv(float* p, float x) { *p = x; }
+// Rounds to nearest, ties to even; NaN stays NaN (as f32_to_bf16, which being inline may not be called here).
+inline void write_kv(std::uint16_t* p, float x) {
+  const auto bits = __builtin_bit_cast(std::uint32_t, x);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  *p = static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40u
+                                         : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// One head of k as a column of keys [head_dim][page_size], of v as a row of values [page_size][head_dim].
+template <class T>
+void write_head(const StoreTask& task, std::int64_t kv_head, const float* k, const float* v) {
+  const KvPages& pages = *task.pages;
+  T* keys = reinterpret_cast<T*>(kv_head_base(pages, task.page, task.layer->kv_layer, kv_head));
+  T* values = keys + (pages.page_size + task.slot) * pages.head_dim;
+  for (std::int64_t d = 0; d < pages.head_dim; ++d) {
+    write_kv(keys + d * pages.page_size + task.slot, k[d]);
+    write_kv(values + d, v[d]);
+  }
+}
+
+// Order of steps: LLAMA4.md, "One layer, exactly", 3 to 5.
+void store_kv(const StoreTask& task) {
+  const AttentionLayer& layer = *task.layer;
+  const std::int64_t head_dim = task.pages->head_dim;
+  const std::int64_t n_kv_heads = task.pages->n_kv_heads;
+  for (std::int64_t head = 0; head < layer.n_heads + n_kv_heads; ++head) {  // q heads, then k heads
+    float* x = task.qkv + head * head_dim;
+    if (task.rotation != nullptr) rotate_head(x, task.rotation, head_dim);
+    if (layer.qk_norm) scale_head(x, inverse_rms(x, head_dim, layer.eps), head_dim);
+    if (layer.scale_queries && head < layer.n_heads) scale_head(x, task.query_scale, head_dim);
+  }
+  for (std::int64_t kv_head = 0; kv_head < n_kv_heads; ++kv_head) {
+    const float* k = task.qkv + (layer.n_heads + kv_head) * head_dim;
+    const float* v = k + n_kv_heads * head_dim;
+    if (task.pages->type == KvType::kF32) {
+      write_head<float>(task, kv_head, k, v);
+    } else {
+      write_head<std::uint16_t>(task, kv_head, k, v);
+    }
+  }
+}

@@ -1,0 +1,106 @@
+"""The compiled engine on a folder, and steps over it: more than `camelid.LLM` lets a test ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camelid import _core
+from camelid.checkpoint import (
+    Checkpoint,
+    account,
+    embedding_source,
+    final_norm_source,
+    head_source,
+    layer_sources,
+)
+
+NOTHING, SAMPLE, LOGITS = 0, 1, 2
+
+
+def open_engine(folder: str | Path, **options: Any) -> _core.Engine:
+    """Load a folder on the CPU; `options` are those of `_core.Engine`."""
+    with Checkpoint.open(folder) as checkpoint:
+        account(checkpoint)
+        options = {"device": "cpu", "threads": 1, "memory_bytes": 1 << 28} | options
+        engine = _core.Engine(checkpoint.config, **options)
+        engine.load_embedding(embedding_source(checkpoint))
+        for layer in range(checkpoint.config.n_layers):
+            engine.load_layer(layer_sources(checkpoint, layer))
+        engine.load_head(final_norm_source(checkpoint), head_source(checkpoint))
+        engine.finish_loading()
+    return engine
+
+
+def open_greedy(engine: _core.Engine) -> int:
+    """Open a sequence that samples the likeliest token."""
+    return engine.open_sequence(_core.SamplerParams(temperature=0.0))
+
+
+def step(
+    engine: _core.Engine,
+    parts: Sequence[tuple[int, Sequence[int]]],
+    output: int | Sequence[int] = LOGITS,
+) -> _core.StepResult:
+    """Run (sequence, tokens) pairs in one step."""
+    outputs = [output] * len(parts) if isinstance(output, int) else output
+    return engine.step(
+        np.array([sequence for sequence, _ in parts], np.int64),
+        np.array([len(tokens) for _, tokens in parts], np.int32),
+        np.array([token for _, tokens in parts for token in tokens], np.int32),
+        np.array(outputs, np.uint8),
+    )
+
+
+def logits_in_pieces(
+    engine: _core.Engine, tokens: Sequence[int], sizes: Sequence[int]
+) -> NDArray[np.float32]:
+    """Return the logits of a fresh sequence that runs `sizes` tokens at a time, cycling."""
+    sequence = open_greedy(engine)
+    rows = []
+    first = turn = 0
+    while first < len(tokens):
+        n = sizes[turn % len(sizes)]
+        rows.append(step(engine, [(sequence, tokens[first : first + n])]).logits)
+        first += n
+        turn += 1
+    engine.check_invariants()
+    engine.close_sequence(sequence)
+    return np.concatenate(rows)
+
+
+def assert_same_bits(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
+    """Fail with the first value that differs, and both bit patterns."""
+    assert got.shape == wanted.shape
+    differs = np.argwhere(got.view(np.uint32) != wanted.view(np.uint32))
+    if len(differs):
+        at = tuple(differs[0])
+        a, b = got[at], wanted[at]
+        raise AssertionError(
+            f"{len(differs)} of {got.size} values differ, first at {[int(i) for i in at]}: got {a} "
+            f"({a.view(np.uint32):08x}), wanted {b} ({b.view(np.uint32):08x})"
+        )
+
+
+def assert_close(
+    got: NDArray[np.floating[Any]],
+    wanted: NDArray[np.floating[Any]],
+    *,
+    std: float,
+    tolerance: float,
+    what: str = "logits",
+) -> float:
+    """Fail with the worst index where |got - wanted| > tolerance * std; return the worst ratio."""
+    assert got.shape == wanted.shape
+    ratio = np.abs(got.astype(np.float64) - wanted) / std
+    at = np.unravel_index(np.argmax(np.where(np.isnan(ratio), np.inf, ratio)), ratio.shape)
+    worst = float(ratio[at])
+    assert worst <= tolerance, (
+        f"{what} differ by {worst:.3g} standard deviations ({tolerance:g} allowed) at "
+        f"{[int(i) for i in at]}: got {got[at]!r}, wanted {wanted[at]!r}"
+    )
+    return worst

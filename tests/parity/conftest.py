@@ -1,0 +1,28 @@
+"""Checkpoints of tests/variants.py, each written once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoints import Weights
+from variants import VARIANTS
+
+Written = tuple[Path, Weights]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    """Return a variant's folder and the float32 weights it stands for, by the variant's name."""
+    written: dict[str, Written] = {}
+    variants = {variant.name: variant for variant in VARIANTS}
+
+    def get(name: str) -> Written:
+        if name not in written:
+            folder = tmp_path_factory.mktemp("checkpoint") / name
+            written[name] = (folder, variants[name].write(folder))
+        return written[name]
+
+    return get

@@ -1,0 +1,118 @@
+"""camelid against tests/reference/llama4.py on random configs, beyond those that goldens hold.
+
+tools/make_goldens.py holds the reference itself to transformers, within 1e-5 of the logits'
+standard deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import camelid
+from checkpoints import REMOVE, Quantization, Weights, write_checkpoint
+from engines import assert_close
+from reference.llama4 import forward
+from variants import VARIANTS
+
+TOLERANCE = 2e-3  # standard deviations of the logits, as in test_logits.py
+
+
+def random_config(seed: int) -> tuple[dict[str, Any], Quantization | None]:
+    """Draw a config of odd sizes in which every feature is as likely on as off."""
+    draw = random.Random(seed)
+    n_layers = draw.randint(1, 5)
+    n_kv_heads = draw.randint(1, 3)
+    n_experts = draw.randint(1, 9)
+    low = draw.choice([1.0, 2.0])
+    scaling = {
+        "rope_type": "llama3",
+        "factor": draw.choice([2.0, 8.0, 16.0]),
+        "low_freq_factor": low,
+        "high_freq_factor": draw.choice([low, 4.0]),
+        "original_max_position_embeddings": draw.choice([32, 64, 200]),
+    }
+    layer_types = [draw.choice(["full_attention", "chunked_attention"]) for _ in range(n_layers)]
+    config = {
+        "vocab_size": 271,
+        "hidden_size": draw.randint(8, 72),
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_kv_heads * draw.randint(1, 5),
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": 2 * draw.randint(2, 20),
+        "intermediate_size": draw.randint(8, 70),
+        "intermediate_size_mlp": draw.randint(8, 100),
+        "num_local_experts": n_experts,
+        "num_experts_per_tok": draw.randint(1, min(n_experts, 3)),
+        "moe_layers": draw.sample(range(n_layers), draw.randint(0, n_layers)),
+        "rms_norm_eps": draw.choice([1e-5, 1e-3]),
+        "rope_theta": draw.choice([1e2, 1e4, 5e5]),
+        "rope_scaling": draw.choice([None, scaling]),
+        "use_qk_norm": draw.random() < 0.5,
+        "no_rope_layers": draw.choice([[], [draw.randint(0, 1) for _ in range(n_layers)]]),
+        "layer_types": draw.choice([REMOVE, layer_types]),
+        "attention_chunk_size": draw.choice([None, draw.randint(1, 50)]),
+        "attn_temperature_tuning": draw.random() < 0.5,
+        "floor_scale": draw.randint(1, 40),
+        "attn_scale": draw.choice([0.1, 0.5]),
+        "tie_word_embeddings": draw.random() < 0.3,
+    }
+    quantization = Quantization(
+        bits=draw.choice([4, 8]),
+        group_size=draw.choice([0, 8, 32]),
+        symmetric=draw.random() < 0.5,
+        ignore=("re:.*lm_head", "re:.*router"),
+        scale_dtype=draw.choice(["F32", "BF16", "F16"]),
+    )
+    return config, quantization if draw.random() < 0.4 else None
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_logits_equal_the_reference_on_a_random_config(seed: int, tmp_path: Path) -> None:
+    config, quantization = random_config(seed)
+    weights = write_checkpoint(
+        tmp_path, config_overrides=config, seed=seed, quantization=quantization
+    )
+    prompt = random.Random(seed).choices(range(256), k=90)
+    wanted = forward(json.loads((tmp_path / "config.json").read_text()), weights, prompt)
+    with camelid.LLM(tmp_path, device="cpu", threads=1) as llm:
+        got = llm.logits(prompt)
+    assert_close(got, wanted, std=float(wanted.std()), tolerance=TOLERANCE)
+
+
+# What would go unnoticed if the variants were blunt: each change must move their logits far.
+CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("scout_like", {"use_qk_norm": False}),
+    ("scout_like", {"attention_chunk_size": None}),
+    ("scout_short_rope", {"rope_scaling": None}),
+    ("maverick_like", {"use_qk_norm": True}),
+    ("behemoth_like", {"rms_norm_eps": 0.1}),
+    ("top2", {"num_experts_per_tok": 1}),
+    ("custom_nope", {"no_rope_layers": []}),
+    ("all_nope", {"attn_temperature_tuning": False}),
+    ("no_chunk", {"attention_chunk_size": 32}),
+    ("chunk16", {"attention_chunk_size": 17}),
+    ("floor_scale8", {"floor_scale": 9}),
+    ("no_temperature", {"attn_temperature_tuning": True}),
+    ("smooth_band", {"rope_scaling": None}),
+    ("rope_parameters", {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}),
+    ("layer_types", {"layer_types": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES, ids=lambda value: str(value)[:60])
+def test_variant_notices_when_a_feature_is_missing(
+    name: str, change: dict[str, Any], checkpoint: Callable[[str], tuple[Path, Weights]]
+) -> None:
+    folder, weights = checkpoint(name)
+    config = json.loads((folder / "config.json").read_text())
+    prompt = next(variant for variant in VARIANTS if variant.name == name).prompt()
+    right = forward(config, weights, prompt)
+    wrong = forward(config | change, weights, prompt)
+    assert np.abs(wrong - right).max() > 20 * TOLERANCE * right.std()

@@ -1,0 +1,311 @@
+"""Train, check and export the demo model that ships in the wheel.
+
+Owns the curriculum and the optimisation; `demo_model.py` owns the network, `demo_export.py` the
+files and `python/camelid/demo_corpus.py` the language. Needs torch (CPU) and tokenizers; `--check`
+also needs transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own convention
+
+import demo_check
+from demo_export import (
+    build_tokenizer,
+    export_float,
+    export_int4,
+    load_tokenizer,
+    round_to_checkpoint,
+    stems,
+)
+from demo_model import Batch, DemoConfig, Llama4Demo, construct_lookup, set_fake_int4
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUP = 32  # INT4 group: small, because the model is
+FRAME = (
+    "<|begin_of_text|><|header_start|>user<|header_end|>\n\n",
+    "<|eot|><|header_start|>assistant<|header_end|>\n\n",
+    "<|eot|>",
+)
+NEXT_TURN = "<|header_start|>user<|header_end|>\n\n"
+
+
+def _load_corpus() -> ModuleType:
+    """Import the corpus by path: camelid and its compiled core need not be installed."""
+    spec = importlib.util.spec_from_file_location(
+        "demo_corpus", ROOT / "python" / "camelid" / "demo_corpus.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo_corpus"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+corpus = _load_corpus()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the curriculum."""
+
+    steps: int
+    n_tokens: tuple[int, int]  # document length, drawn once per step
+    n_documents: int
+    n_questions: int
+    edge_share: float = 0.0  # share of steps whose documents end just before a chunk edge
+    int4: bool = False
+
+    def draw_length(self, rng: random.Random, chunk: int) -> int:
+        """Return the length of this step's documents."""
+        n_tokens = rng.randint(*self.n_tokens)
+        if rng.random() >= self.edge_share:
+            return n_tokens
+        # Question, frame and answer are 15 to 30 tokens: this far from the edge it cuts them.
+        return max(1, round(n_tokens / chunk)) * chunk - rng.randint(8, 40)
+
+
+# Short documents first: with ten facts to choose from, the constructed lookup gets a gradient at
+# once, and long documents then only sharpen it. Half of the longer documents end just before a
+# chunk edge, where the RoPE layers lose sight of the question in mid-answer and the NoPE layers
+# alone must carry it over: by chance that is one case in ten, and it was the last to be learned.
+# The last stage trains through INT4 rounding.
+CURRICULUM = (
+    Stage(150, (48, 128), 32, 10),
+    Stage(150, (128, 384), 12, 20),
+    Stage(250, (128, 1100), 4, 32, edge_share=0.5),
+    Stage(150, (384, 1100), 4, 32, edge_share=0.5, int4=True),
+)
+
+
+class Examples:
+    """Turns documents into token batches."""
+
+    def __init__(self, tokenizer_json: dict[str, Any]) -> None:
+        self.tokenizer = load_tokenizer(tokenizer_json)
+        self.pad = self.tokenizer.token_to_id("<|finetune_right_pad|>")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, specials included where their names are written."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def batch(
+        self,
+        rng: random.Random,
+        *,
+        n_tokens: int,
+        n_documents: int,
+        n_questions: int,
+        split: str,
+        two_turns: float = 0.15,
+    ) -> Batch:
+        """Write documents and ask up to `n_questions` of each, some in pairs as two turns."""
+        documents = [
+            corpus.make_document(rng, n_tokens_target=n_tokens, split=split)
+            for _ in range(n_documents)
+        ]
+        prefixes = [self.encode(f"{FRAME[0]}{document.text}\n\n") for document in documents]
+        rows: list[list[tuple[int, int, int, int]]] = []
+        for document in documents:
+            asked = rng.sample(document.questions, min(n_questions, len(document.questions)))
+            row: list[tuple[int, int, int, int]] = []
+            branch = 0
+            while asked:
+                turns = [asked.pop()] + (
+                    [asked.pop()] if asked and rng.random() < two_turns else []
+                )
+                row += self._branch(turns, branch)
+                branch += 1
+            rows.append(row)
+        length, width = max(map(len, prefixes)), max(map(len, rows))
+        length += -length % 8
+        padding = (self.pad, -1, 0, -100)
+        columns = torch.tensor([row + [padding] * (width - len(row)) for row in rows]).unbind(-1)
+        prefix = torch.tensor([p + [self.pad] * (length - len(p)) for p in prefixes])
+        return Batch(prefix, torch.tensor([len(p) for p in prefixes]), *columns)
+
+    def _branch(self, turns: list[tuple[str, str]], branch: int) -> list[tuple[int, int, int, int]]:
+        """Return (token, branch, offset, target) of one conversation; only answers are learned."""
+        tokens: list[int] = []
+        targets: list[int] = []
+        for i, (question, answer) in enumerate(turns):
+            asked = self.encode((NEXT_TURN if i else "") + question + FRAME[1])
+            answered = self.encode(answer + FRAME[2])
+            tokens += asked + answered
+            # The target of a position is the token after it.
+            targets += [-100] * (len(asked) - 1) + answered + [-100]
+        return [
+            (token, branch, offset, target)
+            for offset, (token, target) in enumerate(zip(tokens, targets, strict=True))
+        ]
+
+
+def tokenizer_texts() -> list[str]:
+    """Return texts that between them hold every pre-token the vocabulary should have whole."""
+    frames = [
+        "user",
+        "assistant",
+        "system",
+        "\n\n",
+        "\n",
+        "Mira.\n\nMira?\n\nMira, Mira: Mira; Mira!\n",
+    ]
+    return [*corpus.vocabulary_texts(), *frames]
+
+
+@torch.no_grad()
+def exact_match(
+    model: Llama4Demo, examples: Examples, *, seed: int, n_questions: int, n_tokens: int
+) -> float:
+    """Return the share of held-out questions answered exactly under greedy decoding.
+
+    Computed with the answer given: if every position's best token is the answer's, greedy decoding
+    writes the answer.
+    """
+    model.eval()
+    rng = random.Random(seed)
+    right: list[bool] = []
+    while len(right) < n_questions:
+        batch = examples.batch(
+            rng, n_tokens=n_tokens, n_documents=5, n_questions=10, split="heldout", two_turns=0.0
+        )
+        best = model(batch)[0].argmax(-1)
+        learned = batch.targets >= 0
+        wrong = torch.zeros_like(batch.targets, dtype=torch.bool)
+        wrong[learned] = best != batch.targets[learned]
+        for row, ids in zip(wrong, batch.branch_ids, strict=True):
+            right += [not bool(row[ids == branch].any()) for branch in range(int(ids.max()) + 1)]
+    model.train()
+    return sum(right[:n_questions]) / n_questions
+
+
+def train(model: Llama4Demo, examples: Examples, args: argparse.Namespace) -> None:
+    """Run the curriculum, logging loss, speed and held-out accuracy."""
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    other = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.02}, {"params": other, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8)
+    total = sum(stage.steps for stage in CURRICULUM)
+    done, warm, start = 0, 0, time.monotonic()
+    tokens_since, since, mean_loss = 0, start, 0.0
+    for number, stage in enumerate(CURRICULUM):
+        if number < args.from_stage:
+            done += stage.steps
+            continue
+        set_fake_int4(model, GROUP if stage.int4 else 0)
+        for step in range(stage.steps):
+            rng = random.Random(f"{args.seed}/{number}/{step}")
+            batch = examples.batch(
+                rng,
+                n_tokens=stage.draw_length(rng, model.config.attention_chunk_size),
+                n_documents=stage.n_documents,
+                n_questions=stage.n_questions,
+                split="train",
+            )
+            rate = (
+                args.lr
+                * min(1.0, (warm + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / total)))
+            )
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            logits, balance = model(batch)
+            answer_loss = F.cross_entropy(logits, batch.targets[batch.targets >= 0])
+            loss = answer_loss + 0.01 * balance
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            done, warm = done + 1, warm + 1
+            tokens_since += batch.document.numel() + batch.branches.numel()
+            mean_loss += answer_loss.item()
+            if done % args.log_every == 0:
+                now = time.monotonic()
+                short = exact_match(model, examples, seed=1, n_questions=50, n_tokens=100)
+                long = exact_match(model, examples, seed=2, n_questions=50, n_tokens=1000)
+                print(
+                    f"{now - start:6.0f} s  stage {number}  step {done}/{total}  "
+                    f"loss {mean_loss / args.log_every:.4f}  balance {balance.item():.2f}  "
+                    f"held-out 100 tokens {short:.3f}, 1000 tokens {long:.3f}  "
+                    f"{tokens_since / (now - since):.0f} tokens/s",
+                    flush=True,
+                )
+                tokens_since, since, mean_loss = 0, time.monotonic(), 0.0
+                torch.save({"model": model.state_dict(), "step": done}, args.checkpoint)
+    set_fake_int4(model, 0)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--checkpoint", type=Path, default=Path("demo_checkpoint.pt"))
+    parser.add_argument(
+        "--from-stage", type=int, default=0, help="go on from the checkpoint at this stage"
+    )
+    parser.add_argument("--float-folder", type=Path, help="where the float32 model goes")
+    parser.add_argument(
+        "--int4-folder", type=Path, default=ROOT / "python" / "camelid" / "demo_model"
+    )
+    parser.add_argument(
+        "--export-only", action="store_true", help="export the checkpoint without training"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare the exported folders with transformers"
+    )
+    parser.add_argument("--golden", type=Path, help="write golden prompts and answers here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer_json = build_tokenizer(tokenizer_texts())
+    examples = Examples(tokenizer_json)
+    model = Llama4Demo(DemoConfig(vocab_size=examples.tokenizer.get_vocab_size()))
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{model.config.vocab_size} tokens",
+        flush=True,
+    )
+    if args.export_only or args.from_stage:
+        model.load_state_dict(torch.load(args.checkpoint)["model"])
+    else:
+        construct_lookup(model, stems(tokenizer_json), seed=args.seed)
+    if not args.export_only:
+        train(model, examples, args)
+        torch.save({"model": model.state_dict()}, args.checkpoint)
+    if args.float_folder is not None:
+        export_float(model, tokenizer_json, args.float_folder)
+    export_int4(model, tokenizer_json, args.int4_folder, group=GROUP)
+    scores = {"float32": exact_match(model, examples, seed=3, n_questions=500, n_tokens=1000)}
+    round_to_checkpoint(model, group=GROUP)
+    scores["int4"] = exact_match(model, examples, seed=3, n_questions=500, n_tokens=1000)
+    print(json.dumps(scores), flush=True)
+    if args.check:
+        for folder in filter(None, (args.float_folder, args.int4_folder)):
+            worst = demo_check.compare_with_transformers(folder, corpus)
+            print(f"{folder.name}: logits within {worst:.1e} standard deviations of transformers")
+    if args.golden is not None:
+        demo_check.write_golden(args.int4_folder, corpus, args.golden)
+
+
+if __name__ == "__main__":
+    main()
