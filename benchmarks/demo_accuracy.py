@@ -2,7 +2,7 @@
 
 Uses camelid's public API alone.
 
-Every question is about a fact of a document of about 1,000 tokens; no fact in these documents was
+Every question is about a fact of a document of 1,000 to 1,200 tokens; no fact in these documents was
 stated in training (see `camelid.demo_corpus`). An answer counts when the whole text is right,
 character for character.
 
@@ -30,12 +30,14 @@ FRAME = (
 )
 
 
-def write_questions(seed: int, n_questions: int, n_tokens: int) -> list[tuple[str, str, str]]:
+def write_questions(
+    seed: int, n_questions: int, n_tokens: tuple[int, int]
+) -> list[tuple[str, str, str]]:
     """Return (user message, right answer, relation), ten questions to a document."""
     rng = random.Random(seed)
     cases: list[tuple[str, str, str]] = []
     while len(cases) < n_questions:
-        document = demo_corpus.make_document(rng, n_tokens_target=n_tokens)
+        document = demo_corpus.make_document(rng, n_tokens_target=rng.randint(*n_tokens))
         for i in rng.sample(range(len(document.questions)), 10):
             question, answer = document.questions[i]
             content = demo_corpus.user_message(document.text, question)
@@ -52,7 +54,9 @@ def main() -> None:
     parser.add_argument("--weights", default="auto", help="auto, bf16, int8 or int4")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--questions", type=int, default=500)
-    parser.add_argument("--tokens", type=int, default=1000, help="document length")
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, default=(1000, 1200), help="shortest and longest document"
+    )
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--batch", type=int, default=20, help="prompts handed over at once")
     parser.add_argument("--json", type=Path, help="write the result here too")
@@ -61,7 +65,7 @@ def main() -> None:
     llm = camelid.LLM(str(args.folder), weights=args.weights, device=args.device)
     tokenizer = Tokenizer.from_folder(str(args.folder))
     params = camelid.SamplingParams(max_tokens=24, temperature=0)
-    cases = write_questions(args.seed, args.questions, args.tokens)
+    cases = write_questions(args.seed, args.questions, tuple(args.tokens))
     prompts = [
         tokenizer.encode(FRAME.format(content), allow_special=True) for content, _, _ in cases
     ]

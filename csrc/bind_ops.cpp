@@ -111,18 +111,19 @@ class Ops {
     return backend_->page_bytes(describe_pages(page_size, n_layers, n_kv_heads, head_dim, type));
   }
 
-  // One attention layer of one step: qkv [n_tokens, (n_heads + 2 n_kv_heads) head_dim] is finished in
-  // place and stored to `pages` uint8 [n_pages, page_bytes]; returns [n_tokens, n_heads * head_dim].
-  // layer: kv_layer, n_heads, n_kv_heads, head_dim, page_size, n_layers, type, qk_norm, eps.
-  // spans: (first_row, n_rows, first_index, page table). rotation, query_scale: None where off.
+  // One attention layer of one step: qkv [n_tokens, (n_heads + 2 n_kv_heads) head_dim] is finished
+  // in place and stored to `pages` uint8 [n_pages, page_bytes]; returns [n_tokens, n_heads *
+  // head_dim]. layer: kv_layer, n_heads, n_kv_heads, head_dim, page_size, n_layers, type, qk_norm,
+  // eps. spans: (first_row, n_rows, first_index, page table). rotation, query_scale: None where
+  // off.
   Floats attention(Floats qkv, py::array_t<std::uint8_t, py::array::c_style> pages,
                    const py::dict& layer, const std::vector<py::tuple>& spans,
                    const py::object& rotation, const py::object& query_scale) {
     KvState state;
     StepPlan step;
-    state.plan.pages = describe_pages(get(layer, "page_size"), get(layer, "n_layers"),
-                                      get(layer, "n_kv_heads"), get(layer, "head_dim"),
-                                      layer["type"].cast<std::string>());
+    state.plan.pages =
+        describe_pages(get(layer, "page_size"), get(layer, "n_layers"), get(layer, "n_kv_heads"),
+                       get(layer, "head_dim"), layer["type"].cast<std::string>());
     state.plan.pages.page_bytes = backend_->page_bytes(state.plan.pages);
     state.plan.pages.base = pages.mutable_data();
     fill_spans(state, spans, pages);
@@ -170,7 +171,8 @@ class Ops {
       const Ints& table = state.page_tables.back();
       const KvSpan s{span[0].cast<std::int64_t>(), span[1].cast<std::int64_t>(),
                      span[2].cast<std::int64_t>(), table.data()};
-      bool fits = (s.first_index + s.n_rows + geometry.page_size - 1) / geometry.page_size <= table.size();
+      bool fits =
+          (s.first_index + s.n_rows + geometry.page_size - 1) / geometry.page_size <= table.size();
       for (py::ssize_t i = 0; i < table.size(); ++i) {
         fits = fits && table.data()[i] >= 0 && table.data()[i] < n_pages;
       }
@@ -234,7 +236,8 @@ void bind_testing(py::module_& m) {
       .def("matmul", &Ops::matmul, py::arg("y").noconvert(), py::arg("x").noconvert(), py::arg("w"),
            py::arg("accumulate") = false)
       .def("embed", &Ops::embed)
-      .def("norm", &Ops::norm, py::arg("x").noconvert(), py::arg("gain").noconvert(), py::arg("eps"))
+      .def("norm", &Ops::norm, py::arg("x").noconvert(), py::arg("gain").noconvert(),
+           py::arg("eps"))
       .def("make_mlp", &Ops::make_mlp, py::arg("gate"), py::arg("up"), py::arg("down"),
            py::arg("format") = "f32", py::arg("group_size") = 0)
       .def("make_experts", &Ops::make_experts, py::arg("router"), py::arg("routed"),

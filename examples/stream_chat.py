@@ -20,11 +20,10 @@ def main() -> None:
     document = make_document(random.Random(1), n_tokens_target=200)
     question, truth = document.questions[0]
     messages = [{"role": "user", "content": user_message(document.text, question)}]
+    params = camelid.SamplingParams(max_tokens=48, temperature=0)
     print(f"{document.text}\n\n{question}")
     with camelid.LLM(model) as llm:
-        for delta in llm.stream_chat(
-            messages, camelid.SamplingParams(max_tokens=48, temperature=0)
-        ):
+        for delta in llm.stream_chat(messages, params):
             print(delta.text, end="", flush=True)
             if delta.usage:
                 print(f"\n[{delta.usage.prompt_tokens} + {delta.usage.completion_tokens} tokens]")

@@ -1,4 +1,4 @@
-"""Weight sources for tests: NumPy arrays dressed as the checkpoint's `LinearSource`, and their values."""
+"""Weight sources for tests: arrays dressed as the checkpoint's `LinearSource`, and their values."""
 
 from __future__ import annotations
 

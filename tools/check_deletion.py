@@ -1,5 +1,4 @@
-"""The deletion test: without a folder, everything to its left in src <- cuda <- csrc <- python
-builds.
+"""Build without python/, then without csrc/ too, then without cuda/ too: the deletion test.
 
 Copies the tree once and deletes one folder after the other from the same copy, so that only the
 first of the three builds compiles everything. Unoptimised: it asks whether it builds, not how fast

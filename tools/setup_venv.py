@@ -44,11 +44,12 @@ def main() -> None:
 
 
 def missing_programs() -> list[str]:
-    """Return the packages that supply cmake and ninja where the machine has none, or too old
-    ones.""" packages = [] cmake = shutil.which("cmake") answer = subprocess.run([cmake,
-    "--version"], capture_output=True, text=True) if cmake else None found =
-    re.search(r"(\d+)\.(\d+)", answer.stdout) if answer else None if found is None or tuple(map(int,
-    found.groups())) < CMAKE_MINIMUM:
+    """Return the packages that supply cmake and ninja where the machine's are absent or too old."""
+    packages = []
+    cmake = shutil.which("cmake")
+    answer = subprocess.run([cmake, "--version"], capture_output=True, text=True) if cmake else None
+    found = re.search(r"(\d+)\.(\d+)", answer.stdout) if answer else None
+    if found is None or tuple(map(int, found.groups())) < CMAKE_MINIMUM:
         packages.append("cmake")
     if shutil.which("ninja") is None:
         packages.append("ninja")

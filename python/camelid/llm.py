@@ -12,6 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ from camelid.engine import EngineLoop
 from camelid.errors import (
     Cancelled,
     CapacityError,
-    CheckpointError,
     Error,
     InvalidRequest,
     Unsupported,
@@ -40,7 +40,7 @@ from camelid.request import (
     LogprobEntry,
     Request,
 )
-from camelid.tokenizer import StreamDecoder, Tokenizer
+from camelid.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from camelid.config import ModelConfig
@@ -107,10 +107,11 @@ class LLM:
         with Checkpoint.open(self._folder) as checkpoint:
             self._config = checkpoint.config
             self._max_context = _max_context(options, self._config)
-            self._tokenizer = Tokenizer.from_folder(self._folder)
-            _check_vocabulary(self._tokenizer, self._config)
+            self._tokenizer = _find_tokenizer(self._folder)
             loaded = load(checkpoint, options, max_step_tokens=_MAX_STEP_TOKENS, progress=progress)
-        self._end_ids = frozenset(self._config.eos_ids) | self._tokenizer.eos_ids
+        self._end_ids = frozenset(self._config.eos_ids)
+        if self._tokenizer is not None:
+            self._end_ids |= self._tokenizer.eos_ids
         self._device = loaded.core.describe()
         self._kv_limit_bytes = loaded.core.memory()["kv_limit_bytes"]
         self._kv_tokens = loaded.core.kv_tokens_in(self._kv_limit_bytes)
@@ -122,7 +123,13 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            TokenizerError: If the folder has none; such a model takes and gives token ids only.
+        """
+        if self._tokenizer is None:
+            return Tokenizer.from_folder(self._folder)  # says what is missing
         return self._tokenizer
 
     @property
@@ -316,6 +323,11 @@ class LLM:
                 f"[options] stop_token_ids or logit_bias names token {largest}, expected 0 to "
                 f"{self._config.vocab_size - 1}."
             )
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest(
+                "[options] stop: this folder has no tokenizer, so there is no text to search. Use "
+                "stop_token_ids."
+            )
         return GenerateRequest(
             ids,
             params,
@@ -323,7 +335,6 @@ class LLM:
             max_tokens=self._answer_limit(len(ids), params.max_tokens),
             end_ids=self._end_ids,
             tokenizer=self._tokenizer,
-            decoder=StreamDecoder(self._tokenizer),
         )
 
     def _answer_limit(self, n_prompt: int, max_tokens: int | None) -> int:
@@ -358,7 +369,7 @@ class LLM:
         (wanted,) = _params_for(params, 1)
         with self._template_lock:
             if self._template is None:
-                self._template = ChatTemplate.from_folder(self._folder, self._tokenizer)
+                self._template = ChatTemplate.from_folder(self._folder, self.tokenizer)
         ids = self._template.encode(messages, tools=tools)
         return token_array(ids, self._config.vocab_size), wanted.resolve(self._config.generation)
 
@@ -443,9 +454,8 @@ def _max_context(options: LoadOptions, config: ModelConfig) -> int:
     return options.max_context
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"[tokenizer] the tokenizer has {tokenizer.vocab_size} tokens, the model "
-            f"{config.vocab_size}. They belong to different models; download both again."
-        )
+def _find_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the folder's tokenizer; None where it has no tokenizer file at all."""
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return Tokenizer.from_folder(folder)
+    return None

@@ -36,7 +36,7 @@ def is_one_prompt(prompts: Any) -> bool:
     raise InvalidRequest(f"[prompt] got {type(prompts).__name__}, expected {_WANTED}, or a list.")
 
 
-def encode_prompt(prompt: Any, tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int32]:
+def encode_prompt(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> NDArray[np.int32]:
     """Return the token ids of one prompt, at least one, all inside the vocabulary.
 
     A text gets the BOS token in front, once, where the tokenizer has one: a text that begins with
@@ -48,6 +48,11 @@ def encode_prompt(prompt: Any, tokenizer: Tokenizer, vocab_size: int) -> NDArray
         Unsupported: If it comes with images.
     """
     if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidRequest(
+                "[prompt] got text, but this folder has no tokenizer.json or tokenizer.model. Pass "
+                "token ids, or add the tokenizer's file."
+            )
         ids = _encode_text(prompt, tokenizer)
         return token_array(ids, vocab_size)
     if isinstance(prompt, Mapping):

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from camelid.errors import Error, TokenizerError
+from camelid.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from camelid.options import ResolvedSampling
-    from camelid.tokenizer import StreamDecoder, Tokenizer
+    from camelid.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
@@ -208,14 +209,14 @@ class GenerateRequest(Request):
         *,
         max_tokens: int,
         end_ids: frozenset[int],
-        tokenizer: Tokenizer,
-        decoder: StreamDecoder,
+        tokenizer: Tokenizer | None,
     ) -> None:
         super().__init__(prompt, params, deliver, n_reserved=len(prompt) + max_tokens)
         self._max_tokens = max_tokens
         self._end_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else end_ids)
         self._tokenizer = tokenizer
-        self._decoder = decoder
+        # Without a tokenizer an answer is its token ids; its text stays empty.
+        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._scanner = StopScanner(params.stop)
         self._n_sampled = 0
 
@@ -228,11 +229,11 @@ class GenerateRequest(Request):
         if token in self._end_ids:
             reason = "stop"
         else:
-            text = self._scanner.push(self._decoder.push(token))
+            text = self._scanner.push(self._decoder.push(token) if self._decoder else "")
             if self._n_sampled == self._max_tokens:
                 reason = "length"
         if reason:
-            text += self._scanner.push(self._decoder.flush())
+            text += self._scanner.push(self._decoder.flush() if self._decoder else "")
             text += self._scanner.flush()
         if self._scanner.stopped:
             reason = "stop"
@@ -264,10 +265,12 @@ class GenerateRequest(Request):
     def _entry(
         self, token: int, logprob: float, top: tuple[LogprobEntry, ...] = ()
     ) -> LogprobEntry:
+        text = ""
         try:
-            text = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
-        except TokenizerError:  # a row of the model's table that no token has
-            text = ""
+            if self._tokenizer is not None:
+                text = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+        except TokenizerError:
+            pass  # a row of the model's table that no token has
         return LogprobEntry(token, text, logprob, top)
 
 

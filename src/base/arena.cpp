@@ -23,7 +23,9 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t{2} << 20;  // x86-64 and AArch64 with 4 KiB pages
 constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
 
-std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
+std::size_t round_up(std::size_t value, std::size_t step) {
+  return (value + step - 1) / step * step;
+}
 
 // The number after `key` in a "key value" or "key: value" listing; `missing` when absent.
 std::size_t number_after(const std::string& text, const std::string& key, std::size_t missing) {
@@ -71,14 +73,16 @@ std::shared_ptr<void> map_memory(std::size_t bytes) {
   const bool huge = bytes >= kHugePage;
   const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const bool overflow = bytes > std::numeric_limits<std::size_t>::max() / 2;
-  const std::size_t mapped = round_up(std::max<std::size_t>(bytes, 1), page) + (huge ? kHugePage : 0);
+  const std::size_t mapped =
+      round_up(std::max<std::size_t>(bytes, 1), page) + (huge ? kHugePage : 0);
   void* base = overflow ? MAP_FAILED
                         : mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
     fail(ErrorCode::kCapacity, "[memory] the system refused a buffer of ", bytes, " bytes; ",
          available_memory(),
-         " bytes are available. Use a smaller model, weight format or context, or a larger machine.");
+         " bytes are available. Use a smaller model, weight format or context, or a larger "
+         "machine.");
   }
   std::uintptr_t start = reinterpret_cast<std::uintptr_t>(base);
   if (huge) {

@@ -7,12 +7,12 @@
 
 namespace camelid {
 
-// Zeroed memory, aligned to a page or better (2 MiB from 2 MiB on, with huge pages asked for), given
-// back when the last owner goes. Throws Error(kCapacity) naming `bytes` and what is free.
+// Zeroed memory, aligned to a page or better (2 MiB from 2 MiB on, with huge pages asked for),
+// given back when the last owner goes. Throws Error(kCapacity) naming `bytes` and what is free.
 std::shared_ptr<void> map_memory(std::size_t bytes);
 
-// Tells the system the contents of the whole pages inside [data, data + bytes) are no longer needed;
-// they read as zeros afterwards. Bytes outside the range are untouched.
+// Tells the system the contents of the whole pages inside [data, data + bytes) are no longer
+// needed; they read as zeros afterwards. Bytes outside the range are untouched.
 void discard_memory(void* data, std::size_t bytes);
 
 // Bytes this process may still take: free memory of the machine or of its control group, whichever

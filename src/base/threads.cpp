@@ -15,8 +15,8 @@
 namespace camelid {
 namespace {
 
-// How often a thread looks again before it sleeps: tens of microseconds, longer than the serial gaps
-// between the operations of a layer and far shorter than the pause between requests.
+// How often a thread looks again before it sleeps: tens of microseconds, longer than the serial
+// gaps between the operations of a layer and far shorter than the pause between requests.
 constexpr int kSpins = 2000;
 
 void relax() {
@@ -105,8 +105,8 @@ void ThreadPool::run(const Job& job) {
   next_task_.store(0, std::memory_order_relaxed);
   failure_ = nullptr;
   const std::uint64_t epoch = (gate_.load(std::memory_order_relaxed) >> kEpochShift) + 1;
-  // Sequentially consistent, like the count of sleepers: either a worker that goes to sleep sees the
-  // gate open, or this thread sees it asleep and wakes it.
+  // Sequentially consistent, like the count of sleepers: either a worker that goes to sleep sees
+  // the gate open, or this thread sees it asleep and wakes it.
   gate_.store((epoch << kEpochShift) | kOpen);
   if (sleepers_.load() > 0) {
     { const std::lock_guard lock(mutex_); }

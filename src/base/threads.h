@@ -1,6 +1,6 @@
-// A pool of threads that runs numbered tasks. Whoever calls parallel_for works too, so a pool of one
-// thread starts none. Which thread runs a task is never visible in a result: tasks must write to
-// places of their own. Knows nothing of what tasks do.
+// A pool of threads that runs numbered tasks. Whoever calls parallel_for works too, so a pool of
+// one thread starts none. Which thread runs a task is never visible in a result: tasks must write
+// to places of their own. Knows nothing of what tasks do.
 #pragma once
 
 #include <atomic>
@@ -27,9 +27,9 @@ class ThreadPool {
 
   int n_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Runs task(i, worker) for every i in [0, n_tasks), handed out in order to whoever is free; worker
-  // is in [0, n_threads()) and no two tasks with one worker overlap. Returns when all are done. The
-  // first exception by task number is rethrown here, and tasks not yet begun are dropped.
+  // Runs task(i, worker) for every i in [0, n_tasks), handed out in order to whoever is free;
+  // worker is in [0, n_threads()) and no two tasks with one worker overlap. Returns when all are
+  // done. The first exception by task number is rethrown here, and tasks not yet begun are dropped.
   // Not for use inside a task.
   template <class Task>
   void parallel_for(std::int64_t n_tasks, Task&& task) {
@@ -55,9 +55,9 @@ class ThreadPool {
   void wait_until_empty();
 
   // gate_: workers inside the job in the low 32 bits, kOpen, and above it the number of the job. A
-  // worker may read job_ only between entering through the open gate and leaving; the caller changes
-  // job_ only when the gate is shut and nobody is inside. Late wakers find it shut and are not waited
-  // for.
+  // worker may read job_ only between entering through the open gate and leaving; the caller
+  // changes job_ only when the gate is shut and nobody is inside. Late wakers find it shut and are
+  // not waited for.
   static constexpr std::uint64_t kInside = (std::uint64_t{1} << 32) - 1;
   static constexpr std::uint64_t kOpen = std::uint64_t{1} << 32;
   static constexpr int kEpochShift = 33;

@@ -1,5 +1,5 @@
-// The Backend on a CPU: float32 activations, a thread pool, and a table of kernels. Decides how each
-// operation is cut into tasks; the arithmetic is in *.inl.
+// The Backend on a CPU: float32 activations, a thread pool, and a table of kernels. Decides how
+// each operation is cut into tasks; the arithmetic is in *.inl.
 #include "cpu/backend.h"
 
 #include <algorithm>
@@ -25,7 +25,9 @@ float* row_of(Tensor x, std::int64_t row) {
   return static_cast<float*>(x.data) + row * x.row_stride;
 }
 
-const PackedMatrix& packed(const Matrix& matrix) { return static_cast<const PackedMatrix&>(matrix); }
+const PackedMatrix& packed(const Matrix& matrix) {
+  return static_cast<const PackedMatrix&>(matrix);
+}
 
 class CpuBackend final : public Backend {
  public:
@@ -104,7 +106,7 @@ void CpuBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
 }
 
 void CpuBackend::multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate) {
-  const Product product{&packed(w),   row_of(x, 0), x.n_rows, x.row_stride,
+  const Product product{&packed(w),   row_of(x, 0), x.n_rows,  x.row_stride,
                         row_of(y, 0), y.row_stride, accumulate};
   work_.multiply({&product, 1});
 }
@@ -159,8 +161,7 @@ void CpuBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   work_.pool.parallel_for(n_tasks, [&](std::int64_t i, int worker) {
     // From the end: the later rows of a prompt see more keys, so the long tasks go first.
     const AttendTask& task = attend_tasks_[static_cast<std::size_t>(n_tasks - 1 - i)];
-    work_.kernels.attend(task,
-                         work_.scratch(worker, work_.kernels.attend_scratch_floats(task)));
+    work_.kernels.attend(task, work_.scratch(worker, work_.kernels.attend_scratch_floats(task)));
   });
 }
 

@@ -68,7 +68,8 @@ void FeedForward::choose(const float* logits, std::int64_t n_experts, std::int64
                                      [e](const Visit& v) { return v.expert == e; });
       if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
     }
-    visits_.push_back({static_cast<std::int32_t>(best), token, 1.0f / (1.0f + std::exp(-logits[best]))});
+    visits_.push_back(
+        {static_cast<std::int32_t>(best), token, 1.0f / (1.0f + std::exp(-logits[best]))});
   }
   std::sort(visits_.begin() + begin, visits_.end(),
             [](const Visit& a, const Visit& b) { return a.expert < b.expert; });

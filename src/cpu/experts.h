@@ -1,5 +1,5 @@
-// The feed-forward part of a layer: a dense MLP, or routed experts beside a shared one. Every token's
-// result is formed in an order that does not depend on the other tokens of the step.
+// The feed-forward part of a layer: a dense MLP, or routed experts beside a shared one. Every
+// token's result is formed in an order that does not depend on the other tokens of the step.
 #pragma once
 
 #include <cstdint>
@@ -43,9 +43,9 @@ class FeedForward {
   void add_outputs(Tensor y, bool has_shared, std::int64_t top_k);
 
   Workspace& work_;
-  std::vector<Visit> visits_;                // by token, then expert
-  std::vector<Visit> sorted_;                // by expert, then token
-  std::vector<std::int32_t> row_of_visit_;   // where visits_[i] lies in sorted_
+  std::vector<Visit> visits_;                  // by token, then expert
+  std::vector<Visit> sorted_;                  // by expert, then token
+  std::vector<std::int32_t> row_of_visit_;     // where visits_[i] lies in sorted_
   std::vector<std::int64_t> first_of_expert_;  // [n_experts + 1]: rows of sorted_
   std::vector<std::int64_t> next_of_expert_;
   std::vector<Group> groups_;

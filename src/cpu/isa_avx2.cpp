@@ -2,6 +2,7 @@
 // Compiled with flags of its own, so nothing here may instantiate inline functions or templates of
 // another header: the linker could keep this copy for machines that lack the instructions.
 #include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -18,8 +19,11 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 1;
 
+// Each builds on those before it, so blank lines keep them from being sorted.
 #include "cpu/matmul.inl"
+
 #include "cpu/rows.inl"
+
 #include "cpu/attention.inl"
 
 constexpr Kernels kTable = {

@@ -8,6 +8,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -24,8 +25,11 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 4;
 
+// Each builds on those before it, so blank lines keep them from being sorted.
 #include "cpu/matmul.inl"
+
 #include "cpu/rows.inl"
+
 #include "cpu/attention.inl"
 
 constexpr Kernels kTable = {

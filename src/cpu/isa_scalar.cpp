@@ -15,8 +15,11 @@ namespace {
 constexpr int kTileRows = 2;
 constexpr int kTilePanels = 1;
 
+// Each builds on those before it, so blank lines keep them from being sorted.
 #include "cpu/matmul.inl"
+
 #include "cpu/rows.inl"
+
 #include "cpu/attention.inl"
 
 constexpr Kernels kTable = {

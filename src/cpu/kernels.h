@@ -1,6 +1,6 @@
-// The table of functions an instruction set supplies. Each does one thread's share; cutting work into
-// shares and waking threads is backend.cpp's. isa_*.cpp fill one table each from the same *.inl
-// sources over their own 16-lane vector type (simd_*.h), so the algorithm is written once.
+// The table of functions an instruction set supplies. Each does one thread's share; cutting work
+// into shares and waking threads is backend.cpp's. isa_*.cpp fill one table each from the same
+// *.inl sources over their own 16-lane vector type (simd_*.h), so the algorithm is written once.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +26,8 @@ struct MatmulTask {
   bool accumulate = false;
 };
 
-// Attention of rows [first_row, first_row + n_rows) of one span, for one kv head and all query heads
-// that share it. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads * head_dim].
+// Attention of rows [first_row, first_row + n_rows) of one span, for one kv head and all query
+// heads that share it. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads * head_dim].
 struct AttendTask {
   const KvPages* pages = nullptr;
   const KvSpan* span = nullptr;
@@ -42,12 +42,13 @@ struct AttendTask {
   std::int64_t y_stride = 0;
 };
 
-// RoPE, QK norm and query scale of one row of the step's qkv tensor in place, then k and v to their page.
+// RoPE, QK norm and query scale of one row of the step's qkv tensor in place, then k and v to their
+// page.
 struct StoreTask {
   const KvPages* pages = nullptr;
   const AttentionLayer* layer = nullptr;
-  float* qkv = nullptr;              // [(n_heads + 2 n_kv_heads) * head_dim], this row
-  const float* rotation = nullptr;   // [head_dim / 2, 2] cos, sin; null: no rotation
+  float* qkv = nullptr;             // [(n_heads + 2 n_kv_heads) * head_dim], this row
+  const float* rotation = nullptr;  // [head_dim / 2, 2] cos, sin; null: no rotation
   float query_scale = 1.0f;
   std::int32_t page = 0;
   std::int64_t slot = 0;  // token within the page
@@ -71,14 +72,14 @@ struct Kernels {
 
 // dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.
 const Kernels& select_kernels();
-// The table called `name` (scalar | avx2 | avx512). Throws kUnsupported, naming the choices, when there
-// is none or this machine cannot run it.
+// The table called `name` (scalar | avx2 | avx512). Throws kUnsupported, naming the choices, when
+// there is none or this machine cannot run it.
 const Kernels& kernels_by_name(std::string_view name);
 // The names this machine can run, best first.
 std::vector<std::string_view> supported_isas();
 
 const Kernels& scalar_kernels();
-const Kernels* avx2_kernels();    // null when not compiled for this architecture
+const Kernels* avx2_kernels();  // null when not compiled for this architecture
 const Kernels* avx512_kernels();
 
 // Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major):
@@ -86,10 +87,11 @@ const Kernels* avx512_kernels();
 // Keys are transposed so that 16 lanes are 16 tokens. (static: each ISA's file keeps its own copy.)
 static inline std::size_t kv_element_bytes(KvType type) { return type == KvType::kF32 ? 4 : 2; }
 static inline std::size_t kv_head_bytes(const KvPages& pages) {
-  return 2 * static_cast<std::size_t>(pages.page_size * pages.head_dim) * kv_element_bytes(pages.type);
+  return 2 * static_cast<std::size_t>(pages.page_size * pages.head_dim) *
+         kv_element_bytes(pages.type);
 }
 static inline std::byte* kv_head_base(const KvPages& pages, std::int32_t page, std::int64_t layer,
-                               std::int64_t kv_head) {
+                                      std::int64_t kv_head) {
   return static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
          static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
 }

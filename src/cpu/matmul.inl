@@ -1,15 +1,15 @@
 // Matrix products over packed panels (packed.h). Included by each isa_*.cpp inside its anonymous
-// namespace, after simd_*.h; that file also sets kTileRows x kTilePanels, the accumulators that fit its
-// registers. Two ways to the same numbers:
+// namespace, after simd_*.h; that file also sets kTileRows x kTilePanels, the accumulators that fit
+// its registers. Two ways to the same numbers:
 //   direct  few rows: words are unpacked in registers and used at once; bound by memory
-//   tiled   many rows: a block of inputs is unpacked to float scratch once and multiplied by all rows
-// Both form, for each output, acc = fma(x, w, acc) over the inputs in index order; scaled formats do so
-// per group with w = q - zero_point (exact) and then total = fma(scale, acc, total). That order never
-// depends on rows, panels or blocks, so neither do the bits of the result.
+//   tiled   many rows: a block of inputs is unpacked to float scratch once, for all rows
+// Both form, for each output, acc = fma(x, w, acc) over the inputs in index order; scaled formats
+// do so per group with w = q - zero_point (exact) and then total = fma(scale, acc, total). That
+// order never depends on rows, panels or blocks, so neither do the bits of the result.
 
 constexpr int kLanes = 16;
 constexpr std::int64_t kDirectRows = 4 * kTileRows;  // up to here unpacking in registers wins
-constexpr std::int64_t kBlockInputs = 128;  // 128 inputs x 4 panels x 16 floats are 32 KiB
+constexpr std::int64_t kBlockInputs = 128;           // 128 inputs x 4 panels x 16 floats are 32 KiB
 constexpr std::int64_t kBlockRows = 192;  // a multiple of kTileRows; partial sums stay in L2
 
 constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -66,7 +66,7 @@ inline void finish(float* y, Vec dot, std::int64_t n_outputs, bool accumulate) {
   }
 }
 
-// ---- direct ---------------------------------------------------------------------------------------
+// ---- direct -------------------------------------------------------------------------------------
 
 // Where R rows and P panels have got to.
 template <int R, int P>
@@ -166,8 +166,8 @@ void direct_some(const MatmulTask& task, std::int64_t row, std::int64_t n_rows, 
   }
 }
 
-// Rows in passes of at most kTileRows, as even as may be. Later passes find the four panels' words in
-// the cache.
+// Rows in passes of at most kTileRows, as even as may be. Later passes find the four panels' words
+// in the cache.
 template <WeightFormat F, bool kZeros>
 void direct_all(const MatmulTask& task, std::int64_t first, std::int64_t last) {
   const std::int64_t passes = (task.n_rows + kTileRows - 1) / kTileRows;
@@ -181,7 +181,7 @@ void direct_all(const MatmulTask& task, std::int64_t first, std::int64_t last) {
   }
 }
 
-// ---- tiled ----------------------------------------------------------------------------------------
+// ---- tiled --------------------------------------------------------------------------------------
 
 // Partial sums [kBlockRows][kTilePanels][16], then totals likewise, then the unpacked weights
 // [kTilePanels][kBlockInputs][16], then scales [kTilePanels][kBlockInputs / 4][16].
@@ -194,11 +194,11 @@ constexpr std::int64_t kScaleFloats = kWeightFloats / 4;
 struct TileStep {
   const float* x;
   std::int64_t x_stride;
-  const float* w;  // [n][16] for each panel
+  const float* w;         // [n][16] for each panel
   std::int64_t w_stride;  // floats from one panel to the next
-  std::int64_t n;  // inputs
-  bool begins;  // the group: sums start at zero, else from `partial`
-  bool ends;    // the group, and there are scales: fold into `total`, else store to `partial`
+  std::int64_t n;         // inputs
+  bool begins;            // the group: sums start at zero, else from `partial`
+  bool ends;  // the group, and there are scales: fold into `total`, else store to `partial`
   bool first_group;
   const float* scales;  // [16] for each panel, scale_stride apart
   std::int64_t scale_stride;
@@ -246,7 +246,8 @@ void multiply_rows(TileStep step, std::int64_t n_rows) {
   }
 }
 
-// Unpacks inputs [first, last) of one panel as floats without their scale; first is on a word boundary.
+// Unpacks inputs [first, last) of one panel as floats without their scale; first is on a word
+// boundary.
 template <WeightFormat F, bool kZeros>
 void unpack_panel(const Segment& w, std::int64_t panel, std::int64_t first, std::int64_t last,
                   float* out) {
@@ -348,7 +349,7 @@ void tiled_rows(MatmulTask task, std::int64_t first, std::int64_t last, float* s
   for (; panel < last; ++panel) tiled_panels<F, kZeros, 1>(task, panel, scratch);
 }
 
-// ---- choose ---------------------------------------------------------------------------------------
+// ---- choose -------------------------------------------------------------------------------------
 
 template <WeightFormat F, bool kZeros>
 void matmul_as(const MatmulTask& task, std::int64_t first, std::int64_t last, float* scratch) {
@@ -388,7 +389,7 @@ void matmul(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_
   }
 }
 
-// ---- one row --------------------------------------------------------------------------------------
+// ---- one row ------------------------------------------------------------------------------------
 
 template <WeightFormat F>
 void unpack_row_as(float* y, const Segment& w, std::int64_t row) {

@@ -13,7 +13,8 @@
 namespace camelid::cpu {
 namespace {
 
-// Four panels at a time: 64 neighbouring rows of a transposed bf16 source are two whole cache lines.
+// Four panels at a time: 64 neighbouring rows of a transposed bf16 source are two whole cache
+// lines.
 constexpr std::int64_t kPanelsPerTask = 4;
 constexpr std::size_t kAlign = 64;
 
@@ -21,7 +22,7 @@ constexpr std::size_t kAlign = 64;
 struct Job {
   const LinearSource* source;
   Segment segment;
-  bool verbatim;  // the source's own words, scales and zero points
+  bool verbatim;                              // the source's own words, scales and zero points
   std::size_t words_at, scales_at, zeros_at;  // offsets into the storage
   std::uint32_t* words;
   std::byte* scales;
@@ -159,8 +160,8 @@ void pack_quantised(const Job& job, std::int64_t panel, const float* rows, std::
                 scratch.words.data(), scratch.scales.data());
   interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
                    job.words + panel * s.n_words * kPanelRows);
-  interleave_scales(reinterpret_cast<const std::byte*>(scratch.scales.data()), n_rows, s.n_groups, 2,
-                    job.scales + panel * s.n_groups * kPanelRows * 2);
+  interleave_scales(reinterpret_cast<const std::byte*>(scratch.scales.data()), n_rows, s.n_groups,
+                    2, job.scales + panel * s.n_groups * kPanelRows * 2);
 }
 
 // f32_to_bf16 without its NaN branch: read_rows has refused NaN.
@@ -206,7 +207,8 @@ void pack_plain(const Job& job, std::int64_t panel, const float* rows, std::int6
       join_halves(rows, s.in_dim, words, f32_to_f16);
     }
   }
-  interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words, out);
+  interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
+                   out);
 }
 
 void pack_panels(const Job& job, std::int64_t first_panel, Scratch& scratch) {

@@ -1,5 +1,5 @@
-// 16 float lanes as two AVX2 registers (AVX2, FMA, F16C). Included only by isa_avx2.cpp, inside its own
-// anonymous namespace. The interface is described in simd_avx512.h.
+// 16 float lanes as two AVX2 registers (AVX2, FMA, F16C). Included only by isa_avx2.cpp, inside its
+// own anonymous namespace. The interface is described in simd_avx512.h.
 
 struct Vec {
   __m256 lo, hi;
@@ -25,7 +25,8 @@ struct Vec {
 
  private:
   static __m256 widen_bf16(const std::uint16_t* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i wide =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   static __m256 widen_u8(const std::uint8_t* p) {
@@ -33,10 +34,18 @@ struct Vec {
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 };
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Vec operator+(Vec a, Vec b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Vec operator-(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline Vec operator*(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline Vec operator/(Vec a, Vec b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -91,8 +100,10 @@ inline __m256 value8(__m256i w, int i) {
         i == 0 ? _mm256_slli_epi32(w, 16)
                : _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   } else if constexpr (F == WeightFormat::kF16) {
-    const __m256i half = i == 0 ? _mm256_and_si256(w, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(w, 16);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m256i half =
+        i == 0 ? _mm256_and_si256(w, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(w, 16);
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     return _mm256_cvtph_ps(packed);
   } else if constexpr (F == WeightFormat::kInt8) {
     return small_integer(i < 2 ? w : _mm256_srli_epi32(w, 16), i % 2 * 8, 255, 128);

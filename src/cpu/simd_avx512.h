@@ -1,8 +1,9 @@
 // 16 float lanes on AVX-512 (F, BW, DQ, VL). Included only by isa_avx512.cpp, inside its own
 // anonymous namespace so that nothing compiled for AVX-512 can be linked anywhere else.
 // The interface, shared by simd_avx2.h and simd_scalar.h:
-//   Vec: load store load_bf16 store_bf16 set zero, + - * max, fma(a, b, c) = a * b + c,
-//        sum() and maximum() over lanes in a fixed order, exp2i, round
+//   Vec: set zero load load_bf16 load_f16 load_u8 store store_first, + - * / max min,
+//        fma(a, b, c) = a * b + c, round_nearest, exp2_integral,
+//        sum and maximum over lanes in a fixed order
 //   Words: load; value<Format>(w, i): value i of each word as floats (q - 2^(bits-1) when scaled)
 
 struct Vec {
@@ -11,7 +12,8 @@ struct Vec {
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load_bf16(const std::uint16_t* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i wide =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
   static Vec load_f16(const std::uint16_t* p) {
@@ -41,7 +43,8 @@ inline Vec round_nearest(Vec a) {
 }
 // 2^n for integral n in [-126, 127].
 inline Vec exp2_integral(Vec n) {
-  const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  const __m512i bits =
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
   return {_mm512_castsi512_ps(bits)};
 }
 
@@ -50,15 +53,17 @@ struct Words {
   static Words load(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 };
 
-// The bits `kMask << shift` of each word, an unsigned number below 2^bits, minus `half`. Put under the
-// exponent of 2^(23 - shift) those bits count units, so one subtraction leaves the exact float: no
-// conversion, and three different execution ports.  Requires shift + bits <= 23.
+// The bits `kMask << shift` of each word, an unsigned number below 2^bits, minus `half`. Put under
+// the exponent of 2^(23 - shift) those bits count units, so one subtraction leaves the exact float:
+// no conversion, and three different execution ports.  Requires shift + bits <= 23.
 inline __m512 small_integer(__m512i w, int shift, int mask, int half) {
   const float base = static_cast<float>(1 << (23 - shift));
   const __m512i bits = _mm512_castps_si512(_mm512_set1_ps(base));
   constexpr int kAndOr = 0xea;  // (a & b) | c
-  const __m512i joined = _mm512_ternarylogic_epi32(w, _mm512_set1_epi32(mask << shift), bits, kAndOr);
-  return _mm512_sub_ps(_mm512_castsi512_ps(joined), _mm512_set1_ps(base + static_cast<float>(half)));
+  const __m512i joined =
+      _mm512_ternarylogic_epi32(w, _mm512_set1_epi32(mask << shift), bits, kAndOr);
+  return _mm512_sub_ps(_mm512_castsi512_ps(joined),
+                       _mm512_set1_ps(base + static_cast<float>(half)));
 }
 
 template <WeightFormat F>
@@ -66,8 +71,9 @@ inline Vec value(Words w, int i) {
   if constexpr (F == WeightFormat::kF32) {
     return {_mm512_castsi512_ps(w.v)};
   } else if constexpr (F == WeightFormat::kBf16) {
-    return {_mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(w.v, 16)
-                                       : _mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    return {_mm512_castsi512_ps(
+        i == 0 ? _mm512_slli_epi32(w.v, 16)
+               : _mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   } else if constexpr (F == WeightFormat::kF16) {
     const __m512i half = i == 0 ? w.v : _mm512_srli_epi32(w.v, 16);
     return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half))};
@@ -79,6 +85,7 @@ inline Vec value(Words w, int i) {
     // A table lookup, which reads only the low four bits of each lane. One value in four is formed
     // otherwise to spread the work over the execution ports.
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm512_permutexvar_ps(i == 0 ? w.v : _mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)), table)};
+    return {_mm512_permutexvar_ps(
+        i == 0 ? w.v : _mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)), table)};
   }
 }

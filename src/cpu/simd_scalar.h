@@ -1,6 +1,7 @@
-// 16 float lanes as plain C++: the readable reference, and what runs on any machine. Included only by
-// isa_scalar.cpp, inside its own anonymous namespace. The interface is described in simd_avx512.h.
-// fma here is a rounded multiply then an add: the baseline x86-64 has no fused instruction.
+// 16 float lanes as plain C++: the readable reference, and what runs on any machine. Included only
+// by isa_scalar.cpp, inside its own anonymous namespace. The interface is described in
+// simd_avx512.h. fma here is a rounded multiply then an add: the baseline x86-64 has no fused
+// instruction.
 
 struct Vec {
   float v[16];
@@ -35,12 +36,24 @@ inline Vec each(Vec a, Vec b, Op op) {
   for (int i = 0; i < 16; ++i) a.v[i] = op(a.v[i], b.v[i]);
   return a;
 }
-inline Vec operator+(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x + y; }); }
-inline Vec operator-(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x - y; }); }
-inline Vec operator*(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x * y; }); }
-inline Vec operator/(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x / y; }); }
-inline Vec max(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
-inline Vec min(Vec a, Vec b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+inline Vec operator+(Vec a, Vec b) {
+  return each(a, b, [](float x, float y) { return x + y; });
+}
+inline Vec operator-(Vec a, Vec b) {
+  return each(a, b, [](float x, float y) { return x - y; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return each(a, b, [](float x, float y) { return x * y; });
+}
+inline Vec operator/(Vec a, Vec b) {
+  return each(a, b, [](float x, float y) { return x / y; });
+}
+inline Vec max(Vec a, Vec b) {
+  return each(a, b, [](float x, float y) { return x > y ? x : y; });
+}
+inline Vec min(Vec a, Vec b) {
+  return each(a, b, [](float x, float y) { return x < y ? x : y; });
+}
 inline Vec fma(Vec a, Vec b, Vec c) {
   for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;

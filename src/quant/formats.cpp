@@ -29,8 +29,8 @@ WeightFormat format_from_name(std::string_view name) {
     known += known.empty() ? "" : ", ";
     known += info.name;
   }
-  fail(ErrorCode::kUnsupported, "[weights] no weight format is called '", name,
-       "'; choose one of ", known, ".");
+  fail(ErrorCode::kUnsupported, "[weights] no weight format is called '", name, "'; choose one of ",
+       known, ".");
 }
 
 }  // namespace camelid

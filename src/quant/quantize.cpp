@@ -75,8 +75,8 @@ void convert_in_row_order(const LinearSource& s, std::int64_t first_row, std::in
   }
 }
 
-// Fused experts are stored input-major: neighbours in memory are rows. Reads go through memory in the
-// stored order, one short run per column.
+// Fused experts are stored input-major: neighbours in memory are rows. Reads go through memory in
+// the stored order, one short run per column.
 template <class Load>
 void convert_in_column_order(const LinearSource& s, std::int64_t first_row, std::int64_t n_rows,
                              float* out) {
@@ -119,7 +119,8 @@ void require_finite(const LinearSource& source, const float* values, std::int64_
   }
 }
 
-void read_plain(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows, float* out) {
+void read_plain(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows,
+                float* out) {
   with_loader(source.dtype, "values", source, [&](auto load) {
     using Load = decltype(load);
     if (source.row_stride < source.col_stride) {
@@ -232,7 +233,8 @@ void read_scales(const LinearSource& source, std::int64_t first_row, std::int64_
   require_finite(source, out, first_row, n_rows, source.n_groups(), " scale");
 }
 
-void read_rows(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows, float* out) {
+void read_rows(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows,
+               float* out) {
   if (source.bits == 0) {
     read_plain(source, first_row, n_rows, out);
   } else {

@@ -8,13 +8,15 @@
 
 namespace camelid {
 
-// Writes rows [first_row, first_row + n_rows) of `source` as float32 [n_rows, in_dim], dequantising.
-// Throws kCheckpoint naming the tensor and position when a value or a scale is not finite.
+// Writes rows [first_row, first_row + n_rows) of `source` as float32 [n_rows, in_dim],
+// dequantising. Throws kCheckpoint naming the tensor and position when a value or a scale is not
+// finite.
 void read_rows(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows, float* out);
 
 // Scales of rows [first_row, first_row + n_rows) as float32 [n_rows, n_groups]. Throws kCheckpoint
 // when one is not finite.
-void read_scales(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows, float* out);
+void read_scales(const LinearSource& source, std::int64_t first_row, std::int64_t n_rows,
+                 float* out);
 
 // The zero point of one group in offset-binary: 2^(bits-1) when the source is symmetric.
 std::uint32_t zero_point(const LinearSource& source, std::int64_t row, std::int64_t group);

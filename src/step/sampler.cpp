@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <ranges>
 #include <string_view>
 #include <utility>
 
@@ -12,37 +13,28 @@ namespace camelid {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr int kMostLogprobs = 1000;
+// Tokens e^-40 times as likely as the best are not drawn: all 202,048 of them would together have a
+// probability of 1e-12.
+constexpr double kLeastRelative = -40.0;
+// Bins of keep_best(). Logits spread over the 40 above leave 0.01 to each, some hundred tokens.
+constexpr int kBins = 4096;
 
-void check_range(std::string_view name, float value, float least, float most) {
-  if (value >= least && value <= most) return;  // false for NaN
-  fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " is ", value, ", expected ", least, " to ", most,
-       ".");
+template <class Value>
+void check_range(std::string_view name, Value value, bool fits, std::string_view wanted) {
+  if (fits) return;  // false for NaN
+  fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " is ", value, ", expected ", wanted, ".");
+}
+
+void check_finite(std::string_view name, float value) {
+  check_range(name, value, std::isfinite(value), "a finite number");
 }
 
 void check_token(std::string_view name, std::int32_t token, std::int64_t vocab_size) {
   if (token >= 0 && token < vocab_size) return;
   fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " names token ", token,
        ", outside the vocabulary of ", vocab_size, ".");
-}
-
-// A well mixed 64-bit function of its input. Source: Steele, Lea, Flood 2014 (SplitMix64).
-std::uint64_t mix(std::uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-bool better(float a, std::int32_t a_token, float b, std::int32_t b_token) {
-  return a != b ? a > b : a_token < b_token;
-}
-
-double log_sum_exp(std::span<const float> logits) {
-  const double highest = *std::max_element(logits.begin(), logits.end());
-  double total = 0.0;
-  for (float logit : logits) total += std::exp(static_cast<double>(logit) - highest);
-  return highest + std::log(total);
 }
 
 void check_finite(std::span<const float> logits) {
@@ -53,135 +45,194 @@ void check_finite(std::span<const float> logits) {
   }
 }
 
+// A well mixed 64-bit function of its input. Source: Steele, Lea, Flood 2014 (SplitMix64).
+std::uint64_t mix(std::uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// Whether a ranks before b; `logprob` is any increasing function of the logit.
+bool ranks_before(const TokenLogprob& a, const TokenLogprob& b) {
+  return a.logprob != b.logprob ? a.logprob > b.logprob : a.token < b.token;
+}
+
+double log_sum_exp(std::span<const float> logits) {
+  const float highest = *std::max_element(logits.begin(), logits.end());
+  double total = 0.0;
+  for (float logit : logits) total += std::exp(logit - highest);
+  return highest + std::log(total);
+}
+
 // The n most likely tokens of the model itself.
 std::vector<TokenLogprob> most_likely(std::span<const float> logits, double normaliser, int n) {
-  std::vector<std::int32_t> order(logits.size());
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
-  const auto end = order.begin() + std::min<std::ptrdiff_t>(n, std::ssize(order));
-  std::partial_sort(order.begin(), end, order.end(), [&](std::int32_t a, std::int32_t b) {
-    return better(logits[static_cast<std::size_t>(a)], a, logits[static_cast<std::size_t>(b)], b);
-  });
-  std::vector<TokenLogprob> top;
-  for (auto it = order.begin(); it != end; ++it) {
-    top.push_back({*it, static_cast<float>(logits[static_cast<std::size_t>(*it)] - normaliser)});
-  }
+  std::vector<TokenLogprob> top(std::min(logits.size(), static_cast<std::size_t>(n)));
+  const auto entry_of = [&](std::size_t i) {
+    return TokenLogprob{static_cast<std::int32_t>(i), logits[i]};
+  };
+  std::ranges::partial_sort_copy(
+      std::views::iota(std::size_t{0}, logits.size()) | std::views::transform(entry_of), top,
+      ranks_before);
+  for (TokenLogprob& entry : top) entry.logprob = static_cast<float>(entry.logprob - normaliser);
   return top;
+}
+
+// Drops every token less likely than e^least of the best one's probability.
+void drop_unlikely(std::span<float> logits, double best, double temperature, double least) {
+  const double lowest = best + temperature * least;
+  for (float& logit : logits) logit = logit >= lowest ? logit : kNever;
+}
+
+// Keeps the fewest best tokens whose sizes reach `target`, drops the others, and returns the sum of
+// what is kept; a dropped token's size is 0. Sorting a vocabulary would take longer than a layer of
+// the model: tokens are counted into bins by their logits, and only the bin in which the target is
+// reached is sorted. Passes over all tokens avoid branches, which half of them would mispredict.
+double keep_best(std::span<float> logits, std::span<const float> sizes, double target) {
+  double best = -kLargest;
+  double worst = kLargest;
+  for (float logit : logits) {
+    best = std::max<double>(best, logit);
+    worst = std::min<double>(worst, logit == kNever ? kLargest : logit);
+  }
+  const double scale = best > worst ? (kBins - 1) / (best - worst) : 1.0;
+  const auto bin_of = [&](float logit) {
+    return static_cast<std::size_t>(std::min((best - logit) * scale, kBins - 1.0));
+  };
+
+  std::vector<double> bins(kBins);
+  for (std::size_t i = 0; i < logits.size(); ++i) bins[bin_of(logits[i])] += sizes[i];
+  double kept = 0.0;
+  std::size_t edge = 0;
+  while (edge < kBins && kept + bins[edge] < target) kept += bins[edge++];
+  if (edge == kBins) return kept;
+
+  std::vector<TokenLogprob> ranked;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    if (bin_of(logits[i]) != edge || sizes[i] == 0.0f) continue;
+    ranked.push_back({static_cast<std::int32_t>(i), logits[i]});
+  }
+  std::sort(ranked.begin(), ranked.end(), ranks_before);
+  std::size_t n_kept = 0;
+  while (n_kept < ranked.size() && (n_kept == 0 || kept < target)) {
+    kept += sizes[static_cast<std::size_t>(ranked[n_kept++].token)];
+  }
+  const float least = ranked[n_kept - 1].logprob;
+  for (float& logit : logits) logit = logit >= least ? logit : kNever;
+  for (; n_kept < ranked.size(); ++n_kept) {  // ties with the last one kept
+    logits[static_cast<std::size_t>(ranked[n_kept].token)] = kNever;
+  }
+  return kept;
 }
 
 }  // namespace
 
 Sampler::Sampler(SamplerParams params, std::int64_t vocab_size)
     : params_(std::move(params)), vocab_size_(vocab_size) {
-  const float most = std::numeric_limits<float>::max();
-  check_range("temperature", params_.temperature, 0.0f, most);
-  check_range("top_p", params_.top_p, std::numeric_limits<float>::min(), 1.0f);
-  check_range("min_p", params_.min_p, 0.0f, 1.0f);
-  check_range("repetition_penalty", params_.repetition_penalty, std::numeric_limits<float>::min(), most);
-  check_range("presence_penalty", params_.presence_penalty, -most, most);
-  check_range("frequency_penalty", params_.frequency_penalty, -most, most);
-  check_range("top_k", static_cast<float>(params_.top_k), 0.0f, most);
-  check_range("logprobs", static_cast<float>(params_.n_logprobs), -1.0f, kMostLogprobs);
-  for (const auto& [token, bias] : params_.logit_bias) {
-    check_token("logit_bias", token, vocab_size);
-    check_range("logit_bias", bias, -most, most);
+  check();
+}
+
+void Sampler::check() const {
+  const SamplerParams& p = params_;
+  check_range("temperature", p.temperature, p.temperature >= 0.0f && p.temperature <= kLargest,
+              "a finite number from 0");
+  check_range("top_k", p.top_k, p.top_k >= 0, "0 (all) or more");
+  check_range("top_p", p.top_p, p.top_p > 0.0f && p.top_p <= 1.0f, "more than 0, at most 1");
+  check_range("min_p", p.min_p, p.min_p >= 0.0f && p.min_p <= 1.0f, "0 to 1");
+  check_range("repetition_penalty", p.repetition_penalty,
+              p.repetition_penalty > 0.0f && p.repetition_penalty <= kLargest,
+              "a finite number above 0");
+  check_finite("presence_penalty", p.presence_penalty);
+  check_finite("frequency_penalty", p.frequency_penalty);
+  check_range("logprobs", p.n_logprobs, p.n_logprobs >= -1 && p.n_logprobs <= kMostLogprobs,
+              cat("-1 (none) to ", kMostLogprobs));
+  for (const auto& [token, bias] : p.logit_bias) {
+    check_token("logit_bias", token, vocab_size_);
+    check_finite("logit_bias", bias);
   }
-  for (std::int32_t token : params_.banned) check_token("banned", token, vocab_size);
-  if (params_.repetition_penalty != 1.0f) seen_.resize(static_cast<std::size_t>(vocab_size), false);
+  for (std::int32_t token : p.banned) check_token("banned", token, vocab_size_);
+  std::vector<std::int32_t> banned = p.banned;
+  std::sort(banned.begin(), banned.end());
+  if (std::unique(banned.begin(), banned.end()) - banned.begin() == vocab_size_) {
+    fail(ErrorCode::kInvalidRequest, "[sampling] every token is banned. Allow at least one.");
+  }
 }
 
 void Sampler::observe_prompt(std::span<const std::int32_t> tokens) {
-  if (seen_.empty()) return;
-  for (std::int32_t token : tokens) seen_[static_cast<std::size_t>(token)] = true;
+  if (params_.repetition_penalty == 1.0f) return;
+  for (std::int32_t token : tokens) counts_.try_emplace(token, 0);
 }
 
-void Sampler::apply_rules(std::vector<float>& logits) const {
-  for (const auto& [token, bias] : params_.logit_bias) logits[static_cast<std::size_t>(token)] += bias;
-  for (std::size_t i = 0; i < seen_.size(); ++i) {
-    if (!seen_[i]) continue;
-    logits[i] = logits[i] > 0.0f ? logits[i] / params_.repetition_penalty
-                                 : logits[i] * params_.repetition_penalty;
+void Sampler::apply_rules(std::span<float> logits) const {
+  // Rules may overflow float32; what they leave stays finite, so that draw() may subtract.
+  const auto limited = [](double x) {
+    return static_cast<float>(std::clamp<double>(x, -kLargest, kLargest));
+  };
+  for (const auto& [token, bias] : params_.logit_bias) {
+    float& logit = logits[static_cast<std::size_t>(token)];
+    logit = limited(static_cast<double>(logit) + bias);
   }
-  for (const auto& [token, count] : output_counts_) {
-    logits[static_cast<std::size_t>(token)] -=
-        params_.presence_penalty + params_.frequency_penalty * static_cast<float>(count);
+  const double repetition = params_.repetition_penalty;
+  for (const auto& [token, count] : counts_) {
+    float& logit = logits[static_cast<std::size_t>(token)];
+    double x = logit > 0.0f ? logit / repetition : logit * repetition;
+    if (count > 0) {
+      x -= params_.presence_penalty + static_cast<double>(params_.frequency_penalty) * count;
+    }
+    logit = limited(x);
   }
   for (std::int32_t token : params_.banned) logits[static_cast<std::size_t>(token)] = kNever;
 }
 
-double Sampler::uniform() {
+double Sampler::uniform() const {
   const std::uint64_t bits = mix(mix(params_.seed) ^ mix(~n_sampled_));
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-// Keeps every candidate at least as good as the k-th, ties cut by id.
-void Sampler::keep_top_k(std::vector<Candidate>& candidates) const {
-  const auto k = static_cast<std::size_t>(params_.top_k);
-  if (k == 0 || k >= candidates.size()) return;
-  const auto by_rank = [](const Candidate& a, const Candidate& b) {
-    return better(a.logit, a.token, b.logit, b.token);
-  };
-  std::nth_element(candidates.begin(), candidates.begin() + params_.top_k - 1, candidates.end(), by_rank);
-  candidates.resize(k);
-}
+std::int32_t Sampler::draw(std::span<float> logits) const {
+  const auto best_of_all = std::max_element(logits.begin(), logits.end());  // the first of equals
+  if (params_.temperature == 0.0f) return static_cast<std::int32_t>(best_of_all - logits.begin());
 
-std::int32_t Sampler::draw(std::span<const float> logits) {
-  const auto best = std::max_element(logits.begin(), logits.end());  // the first among equals
-  if (*best == kNever) {
-    fail(ErrorCode::kInvalidRequest, "[sampling] every token is banned. Allow at least one.");
-  }
-  if (params_.temperature == 0.0f) return static_cast<std::int32_t>(best - logits.begin());
-
-  // Weights relative to the best token, so that nothing overflows; negligible ones are dropped.
+  const double best = *best_of_all;
   const double temperature = params_.temperature;
-  const double least = params_.min_p > 0.0f ? std::log(static_cast<double>(params_.min_p)) : -80.0;
-  std::vector<Candidate> candidates;
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if ((static_cast<double>(logits[i]) - *best) / temperature >= least) {
-      candidates.push_back({static_cast<std::int32_t>(i), logits[i]});
-    }
+  const double by_min_p = std::log(static_cast<double>(params_.min_p));  // -infinity for 0
+  drop_unlikely(logits, best, temperature, std::max(by_min_p, kLeastRelative));
+  std::vector<float> weights(logits.size());
+  if (params_.top_k > 0) {
+    for (std::size_t i = 0; i < logits.size(); ++i) weights[i] = logits[i] != kNever;
+    keep_best(logits, weights, params_.top_k);
   }
-  keep_top_k(candidates);
-  const bool sorted = params_.top_p < 1.0f;
-  std::sort(candidates.begin(), candidates.end(), [&](const Candidate& a, const Candidate& b) {
-    return sorted ? better(a.logit, a.token, b.logit, b.token) : a.token < b.token;
-  });
-  std::vector<double> cumulative;
   double total = 0.0;
-  for (const Candidate& candidate : candidates) {
-    total += std::exp((static_cast<double>(candidate.logit) - *best) / temperature);
-    cumulative.push_back(total);
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    weights[i] = std::exp(static_cast<float>((logits[i] - best) / temperature));
+    total += weights[i];
   }
-  if (sorted) {  // the fewest tokens whose weight reaches top_p
-    const auto end = std::lower_bound(cumulative.begin(), cumulative.end(), params_.top_p * total);
-    cumulative.resize(std::min<std::size_t>(cumulative.size(),
-                                            static_cast<std::size_t>(end - cumulative.begin()) + 1));
-    total = cumulative.back();
+  if (params_.top_p < 1.0f) total = keep_best(logits, weights, params_.top_p * total);
+
+  double left = uniform() * total;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    left -= logits[i] == kNever ? 0.0f : weights[i];
+    if (left < 0.0) return static_cast<std::int32_t>(i);
   }
-  const auto chosen = std::upper_bound(cumulative.begin(), cumulative.end(), uniform() * total);
-  const auto index = std::min<std::ptrdiff_t>(chosen - cumulative.begin(), std::ssize(cumulative) - 1);
-  return candidates[static_cast<std::size_t>(index)].token;
+  return static_cast<std::int32_t>(best_of_all - logits.begin());  // rounding left a little
 }
 
 Sampled Sampler::sample(std::span<const float> logits) {
   check_finite(logits);
-  adjusted_.assign(logits.begin(), logits.end());
-  apply_rules(adjusted_);
+  std::vector<float> adjusted(logits.begin(), logits.end());
+  apply_rules(adjusted);
   Sampled sampled;
-  sampled.token = draw(adjusted_);
+  sampled.token = draw(adjusted);
   if (params_.n_logprobs >= 0) {
     const double normaliser = log_sum_exp(logits);
-    sampled.logprob = static_cast<float>(logits[static_cast<std::size_t>(sampled.token)] - normaliser);
+    sampled.logprob =
+        static_cast<float>(logits[static_cast<std::size_t>(sampled.token)] - normaliser);
     sampled.top = most_likely(logits, normaliser, params_.n_logprobs);
   }
   ++n_sampled_;
-  const auto counted = std::find_if(output_counts_.begin(), output_counts_.end(),
-                                    [&](const auto& entry) { return entry.first == sampled.token; });
-  if (counted == output_counts_.end()) {
-    output_counts_.emplace_back(sampled.token, 1);
-  } else {
-    ++counted->second;
-  }
-  if (!seen_.empty()) seen_[static_cast<std::size_t>(sampled.token)] = true;
+  const bool penalised = params_.repetition_penalty != 1.0f || params_.presence_penalty != 0.0f ||
+                         params_.frequency_penalty != 0.0f;
+  if (penalised) ++counts_[sampled.token];
   return sampled;
 }
 

@@ -1,25 +1,27 @@
-// Chooses one sequence's next token from its logits. The rules and their order are vLLM's: logit bias,
-// penalties, temperature, min-p, top-k, top-p. Random numbers are a function of the seed and of how
-// many tokens were sampled, so the same seed gives the same text whatever else runs.
+// Chooses one sequence's next token from its logits. The rules and their order are vLLM's: logit
+// bias, penalties, temperature, min-p, top-k, top-p; among equal logits the lower id ranks first.
+// Random numbers are a function of the seed and of how many tokens were sampled, so the same seed
+// gives the same text whatever else runs. Must never know of models, batches or text.
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 namespace camelid {
 
 struct SamplerParams {
-  float temperature = 1.0f;         // 0: the most likely token, the lowest id among equals
-  int top_k = 0;                    // 0: all
+  float temperature = 1.0f;  // 0: the most likely token, the lowest id among equals
+  int top_k = 0;             // 0: all
   float top_p = 1.0f;
   float min_p = 0.0f;
   float repetition_penalty = 1.0f;  // on tokens of prompt and output
   float presence_penalty = 0.0f;    // on tokens of the output
   float frequency_penalty = 0.0f;   // per occurrence in the output
   std::uint64_t seed = 0;
-  int n_logprobs = -1;              // -1: none, 0: of the sampled token, n: of the n most likely too
+  int n_logprobs = -1;  // -1: none, 0: of the sampled token, n: of the n most likely too
   std::vector<std::pair<std::int32_t, float>> logit_bias;
   std::vector<std::int32_t> banned;  // never sampled
 };
@@ -32,7 +34,7 @@ struct TokenLogprob {
 struct Sampled {
   std::int32_t token = 0;
   float logprob = 0.0f;           // of the model itself, before any rule; 0 when not asked for
-  std::vector<TokenLogprob> top;  // best first, the lower id among equals
+  std::vector<TokenLogprob> top;  // best first
 };
 
 class Sampler {
@@ -40,28 +42,24 @@ class Sampler {
   // Throws kInvalidRequest naming the parameter, got and wanted.
   Sampler(SamplerParams params, std::int64_t vocab_size);
 
-  // The repetition penalty counts what was read as well as what was written.
+  // The repetition penalty counts what was read as well as what was written. Requires tokens of the
+  // vocabulary.
   void observe_prompt(std::span<const std::int32_t> tokens);
 
   // logits: [vocab_size]. Throws kCheckpoint when they are not finite.
   Sampled sample(std::span<const float> logits);
 
  private:
-  struct Candidate {
-    std::int32_t token;
-    float logit;
-  };
-  void apply_rules(std::vector<float>& logits) const;
-  std::int32_t draw(std::span<const float> logits);
-  void keep_top_k(std::vector<Candidate>& candidates) const;
-  double uniform();
+  void check() const;
+  void apply_rules(std::span<float> logits) const;
+  std::int32_t draw(std::span<float> logits) const;  // works in place
+  double uniform() const;
 
   SamplerParams params_;
   std::int64_t vocab_size_;
-  std::vector<bool> seen_;                    // [vocab_size], only with a repetition penalty
-  std::vector<std::pair<std::int32_t, int>> output_counts_;  // of tokens sampled
+  // Tokens the penalties know, with their number in the output: 0 for those only of the prompt.
+  std::unordered_map<std::int32_t, int> counts_;
   std::uint64_t n_sampled_ = 0;
-  std::vector<float> adjusted_;
 };
 
 }  // namespace camelid

@@ -39,7 +39,6 @@ class Answer:
             max_tokens=max_tokens,
             end_ids=frozenset({EOT}),
             tokenizer=tokenizer,
-            decoder=StreamDecoder(tokenizer),
         )
 
     def feed(self, tokens: bytes | list[int]) -> Answer:

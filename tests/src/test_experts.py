@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from weight_sources import plain
 
 from camelid._core import testing
+from weight_sources import plain
 
 DIM, FFN, N_EXPERTS = 40, 24, 5
 # SiLU and two products of at most 40 terms: a few float32 roundings of values of order one.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from weight_sources import FORMATS, Source, from_bf16, plain, quantised
 
 from camelid._core import testing
+from weight_sources import FORMATS, Source, from_bf16, plain, quantised
 
 ISAS = testing.isas()
 IN_DIMS = [1, 7, 8, 40, 129, 200]
@@ -81,9 +81,7 @@ def test_matmul_matches_numpy(ops: testing.Ops, fmt: str, in_dim: int) -> None:
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, 520])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_matmul_with_groups(
-    ops: testing.Ops, bits: int, group_size: int, asymmetric: bool
-) -> None:
+def test_matmul_with_groups(ops: testing.Ops, bits: int, group_size: int, asymmetric: bool) -> None:
     rng = np.random.default_rng(group_size)
     for scale_dtype in ("BF16", "F16", "F32"):
         source, values = quantised(
@@ -167,7 +165,9 @@ def test_pack_quantises_plain_sources_by_the_rule(fmt: str, group_size: int) -> 
 def test_pack_converts_between_formats(fmt: str) -> None:
     rng = np.random.default_rng(9)
     source, exact = quantised(rng, 18, 96, 4 if fmt != "int4" else 8, 32, asymmetric=True)
-    got = testing.Ops("scalar").embed(list(range(18)), testing.Ops("scalar").pack([source], fmt, 32))
+    got = testing.Ops("scalar").embed(
+        list(range(18)), testing.Ops("scalar").pack([source], fmt, 32)
+    )
     # Relative to the largest value of a group: half a step of the target format.
     allowed = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "int8": 0.009, "int4": 0.08}[fmt]
     groups = np.abs(exact).reshape(18, 3, 32).max(axis=2).repeat(32, axis=1)

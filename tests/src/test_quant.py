@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from weight_sources import from_bf16, pack_words, plain, quantised, to_bf16
 
 from camelid._core import testing
+from weight_sources import from_bf16, pack_words, plain, quantised, to_bf16
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
@@ -60,7 +60,9 @@ def _reference_quantise(
     n_groups = -(-rows.shape[1] // group_size)
     half = 1 << (bits - 1)
     group_of = np.arange(rows.shape[1]) // group_size
-    largest = np.stack([np.abs(rows[:, group_of == g]).max(axis=1) for g in range(n_groups)], axis=1)
+    largest = np.stack(
+        [np.abs(rows[:, group_of == g]).max(axis=1) for g in range(n_groups)], axis=1
+    )
     scales = to_bf16((largest / np.float32(half - 0.5)).astype(np.float32))
     scales = np.where(scales == 0, to_bf16(np.ones(1, np.float32)), scales)
     ratio = rows / from_bf16(scales)[:, group_of]

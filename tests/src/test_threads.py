@@ -1,4 +1,4 @@
-"""The thread pool (src/base/threads): every task once, errors to the caller, no waiting for sleepers."""
+"""The thread pool (src/base/threads): every task runs once, and errors reach the caller."""
 
 from __future__ import annotations
 
