@@ -2,8 +2,8 @@
 
 Uses camelid's public API alone.
 
-Every question is about a fact of a document of 1,000 to 1,200 tokens; no fact in these documents was
-stated in training (see `camelid.demo_corpus`). An answer counts when the whole text is right,
+Every question is about a fact of a document of 1,000 to 1,200 tokens; no fact in these documents
+was stated in training (see `camelid.demo_corpus`). An answer counts when the whole text is right,
 character for character.
 
     python benchmarks/demo_accuracy.py FOLDER --weights int4 \\

@@ -21,7 +21,8 @@ py::array_t<float> rotation(const py::object& config, std::int64_t position) {
   const ModelConfig model = to_config(config);
   std::vector<float> values;
   append_rotation(values, rope_frequencies(model), index_in_chunk(position, model.chunk));
-  return py::array_t<float>({static_cast<py::ssize_t>(values.size()) / 2, py::ssize_t{2}}, values.data());
+  return py::array_t<float>({static_cast<py::ssize_t>(values.size()) / 2, py::ssize_t{2}},
+                            values.data());
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ from camelid.engine import EngineLoop
 from camelid.errors import Error
 from camelid.options import SamplingParams
 from camelid.request import Delta, GenerateRequest
-from camelid.tokenizer import StreamDecoder, Tokenizer
+from camelid.tokenizer import Tokenizer
 from checkpoints import write_tokenizer
 
 VOCAB = 271
@@ -126,7 +126,6 @@ class Harness:
             max_tokens=max_tokens,
             end_ids=self.tokenizer.eos_ids,
             tokenizer=self.tokenizer,
-            decoder=StreamDecoder(self.tokenizer),
         )
         return request, events
 

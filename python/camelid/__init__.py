@@ -90,4 +90,6 @@ def _version() -> str:
     try:
         return version("camelid")
     except PackageNotFoundError:  # a source tree on PYTHONPATH
-        return "0+unknown"
+        from camelid import _core
+
+        return _core.__version__

@@ -37,6 +37,7 @@ __all__ = ["EngineLoop"]
 
 logger = logging.getLogger("camelid")
 
+_numbers = itertools.count()
 # How often a waiting caller looks whether the thread it waits for still lives.
 _LOOK_SECONDS = 0.5
 
@@ -82,6 +83,8 @@ class EngineLoop:
         self._limit_bytes = core.memory()["kv_limit_bytes"]
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._name = f"camelid-engine-{next(_numbers)}"
+        self._is_worked = threading.Lock()
         # Shared, under the lock.
         self._arrived: list[Request] = []
         self._to_cancel: list[Request] = []
@@ -108,11 +111,11 @@ class EngineLoop:
             if self._closed:
                 raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
             self._arrived.append(request)
-            if self._thread is None:
+            if not self._is_alive():
                 # A daemon, or the interpreter would wait for it before anyone could stop it.
-                thread = threading.Thread(target=self._work, name="camelid-engine", daemon=True)
-                thread.start()
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._thread = thread
+                thread.start()
             self._wake.notify()
 
     def cancel(self, requests: Iterable[Request]) -> None:
@@ -137,7 +140,7 @@ class EngineLoop:
                 return events.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
                 self._check_process()
-                if (self._thread is None or not self._thread.is_alive()) and events.empty():
+                if not self._is_alive() and events.empty():
                     raise InternalError(
                         "[engine] the engine's thread is gone. This is a bug; please report it."
                     ) from None
@@ -151,8 +154,10 @@ class EngineLoop:
             self._wake.notify()
             thread = self._thread
         # The garbage collector may call this from the very thread that is to end.
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and threading.current_thread().name != self._name:
             thread.join()
+            with self._is_worked:
+                pass
 
     def release(self) -> None:
         """Let go of the engine's memory; only after close()."""
@@ -168,7 +173,20 @@ class EngineLoop:
                 'multiprocessing.set_start_method("spawn").'
             )
 
+    def _is_alive(self) -> bool:
+        # Ctrl-C during start() may leave a thread that seems dead, and is about to work.
+        thread = self._thread
+        return (thread is not None and thread.is_alive()) or self._is_worked.locked()
+
     def _work(self) -> None:
+        """Be the only one to run the loop."""
+        if self._is_worked.acquire(blocking=False):
+            try:
+                self._run()
+            finally:
+                self._is_worked.release()
+
+    def _run(self) -> None:
         """Run until closed. Whatever happens, everyone gets an answer and every sequence closes."""
         reason: Error = Cancelled("[llm] the model was closed while this request was under way.")
         try:

@@ -22,7 +22,6 @@ from camelid.checkpoint import (
     layer_sources,
 )
 from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
-from camelid.layout import embedding_name
 from camelid.options import LoadOptions
 from camelid.report import KV_ELEMENT_BYTES, kv_report, loaded_bytes
 
@@ -87,7 +86,7 @@ def load(
 
     account(checkpoint)
     config = checkpoint.config
-    kv_cache = options.kv_cache_for(checkpoint.entry(embedding_name(config)).dtype)
+    kv_cache = options.kv_cache_type
     releaser = _Releaser(checkpoint)
     core = _core.Engine(
         config,

@@ -215,11 +215,10 @@ class LoadOptions:
             threads=_integer("threads", threads, 1, 4096),
         )
 
-    def kv_cache_for(self, dtype: str) -> str:
-        """Return the cache's type for a checkpoint whose embedding is `dtype`; F32 stays exact."""
-        if self.kv_cache != "auto":
-            return self.kv_cache
-        return "f32" if dtype == "F32" else "bf16"
+    @property
+    def kv_cache_type(self) -> str:
+        """The cache's type: "auto" is f32, since exact numerics come first; bf16 halves it."""
+        return "f32" if self.kv_cache == "auto" else self.kv_cache
 
 
 # 32k is 32,000 and 32K is 32,768, as in vLLM; m and g likewise. KB and KiB differ only in sizes.

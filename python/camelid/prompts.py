@@ -30,7 +30,7 @@ def is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, (str, Mapping)):
         return True
     if isinstance(prompts, np.ndarray):
-        return prompts.ndim == 1 and prompts.dtype != object
+        return prompts.ndim < 2 and prompts.dtype != object
     if isinstance(prompts, Sequence) and not isinstance(prompts, (bytes, bytearray, memoryview)):
         return len(prompts) > 0 and _is_number(prompts[0])
     raise InvalidRequest(f"[prompt] got {type(prompts).__name__}, expected {_WANTED}, or a list.")

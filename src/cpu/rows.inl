@@ -1,7 +1,7 @@
-// What one row needs besides matrix products: exp, RMS norm, SiLU, and finishing a row of q, k, v (RoPE,
-// QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of each
-// isa_*.cpp after its simd_*.h; must never know of threads, nor call an inline function of std (the
-// linker could keep the copy compiled for the wider instruction set).
+// What one row needs besides matrix products: exp, RMS norm, SiLU, and finishing a row of q, k, v
+// (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of
+// each isa_*.cpp after its simd_*.h; must never know of threads, nor call an inline function of std
+// (the linker could keep the copy compiled for the wider instruction set).
 
 // Lanes [0, n) of p, the rest zero. Reads nothing past p[n - 1].
 inline Vec load_first(const float* p, std::int64_t n) {
@@ -11,8 +11,8 @@ inline Vec load_first(const float* p, std::int64_t n) {
 }
 
 // e^x within 2 ulp on [-87, 88]; +0 below -87.7, +infinity above 88.73, NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2, polynomial of r from Cephes (expf). The high part of ln 2 has nine
-// significant bits, so n * high is exact even where fma rounds its product (the scalar table).
+// x = n ln 2 + r, |r| <= ln 2 / 2, polynomial of r from Cephes (expf). The high part of ln 2 has
+// nine significant bits, so n * high is exact even where fma rounds its product (the scalar table).
 // exp2_integral(-127) is a zero exponent field, hence exactly 0: no lane needs a comparison.
 inline Vec exp(Vec x) {
   // Operand order matters: max and min give their second operand when either is NaN.
@@ -31,8 +31,8 @@ inline Vec exp(Vec x) {
   return p * exp2_integral(n);
 }
 
-// 1 / sqrt(mean(x^2) + eps) over n values. Four interleaved sums hide the latency of addition; which
-// sum a value joins depends on its index only.
+// 1 / sqrt(mean(x^2) + eps) over n values. Four interleaved sums hide the latency of addition;
+// which sum a value joins depends on its index only.
 inline float inverse_rms(const float* x, std::int64_t n, float eps) {
   Vec squares[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   std::int64_t i = 0;
@@ -97,7 +97,8 @@ inline void scale_head(float* x, float factor, std::int64_t head_dim) {
 }
 
 inline void write_kv(float* p, float x) { *p = x; }
-// Rounds to nearest, ties to even; NaN stays NaN (as f32_to_bf16, which being inline may not be called here).
+// Rounds to nearest, ties to even; NaN stays NaN (as f32_to_bf16, which being inline may not be
+// called here).
 inline void write_kv(std::uint16_t* p, float x) {
   const auto bits = __builtin_bit_cast(std::uint32_t, x);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -105,7 +106,8 @@ inline void write_kv(std::uint16_t* p, float x) {
                                          : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// One head of k as a column of keys [head_dim][page_size], of v as a row of values [page_size][head_dim].
+// One head of k as a column of keys [head_dim][page_size], of v as a row of values
+// [page_size][head_dim].
 template <class T>
 void write_head(const StoreTask& task, std::int64_t kv_head, const float* k, const float* v) {
   const KvPages& pages = *task.pages;

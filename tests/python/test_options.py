@@ -182,9 +182,8 @@ def test_load_options_take_known_names_and_refuse_others() -> None:
 
 
 def test_an_automatic_kv_cache_keeps_float32_checkpoints_exact() -> None:
-    assert LoadOptions().kv_cache_for("F32") == "f32"
-    assert LoadOptions().kv_cache_for("BF16") == "bf16"
-    assert LoadOptions(kv_cache="f32").kv_cache_for("BF16") == "f32"
+    assert LoadOptions().kv_cache_type == "f32"
+    assert LoadOptions(kv_cache="bf16").kv_cache_type == "bf16"
 
 
 def test_a_hostile_repr_does_not_hide_the_error() -> None:

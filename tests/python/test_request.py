@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from camelid.options import SamplingParams
 from camelid.request import Delta, GenerateRequest, LogitsRequest, StopScanner, Usage
-from camelid.tokenizer import StreamDecoder, Tokenizer
+from camelid.tokenizer import Tokenizer
 from checkpoints import SPECIAL_IDS, write_tokenizer
 from fake_core import FakeSampled
 
