@@ -390,7 +390,8 @@ class _Answer:
             self._texts.append(event.text)
             self._token_ids += event.token_ids
             if event.logprobs is not None:
-                self._logprobs = [*(self._logprobs or ()), *event.logprobs]
+                self._logprobs = self._logprobs or []
+                self._logprobs += event.logprobs
             if event.finish_reason is None:
                 return
             self._last = event

@@ -34,6 +34,7 @@ __all__ = ["Loaded", "find_folder", "load", "show_bytes"]
 
 # What a repository on the hub must hold for us; weights in other formats stay there.
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+_SMALLER = ("bf16", "int8", "int4")  # values of weights=, the most exact first
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -98,9 +99,11 @@ def load(
         max_step_tokens=max_step_tokens,
         on_packed=releaser,
     )
-    if options.memory is not None or core.describe().startswith("cpu"):
-        limit = options.memory or _core.available_memory()
-        check_plan(checkpoint, options, kv_cache=kv_cache, limit_bytes=limit)
+    limits = [] if options.memory is None else [options.memory]
+    if core.describe().startswith("cpu"):
+        limits.append(_core.available_memory())
+    if limits:
+        check_plan(checkpoint, options, kv_cache=kv_cache, limit_bytes=min(limits))
     _load_weights(core, checkpoint, releaser, progress=progress)
     core.finish_loading()
     return Loaded(core, config, kv_cache)
@@ -118,14 +121,14 @@ def check_plan(
     needed = loaded_bytes(checkpoint, options.weights) + one_page
     if needed <= limit_bytes:
         return
-    sizes = {name: loaded_bytes(checkpoint, name) + one_page for name in ("int8", "int4")}
+    sizes = {name: loaded_bytes(checkpoint, name) + one_page for name in _SMALLER}
     fitting = [name for name, size in sizes.items() if size <= limit_bytes]
     if fitting:
         advice = f'weights="{fitting[0]}" takes {show_bytes(sizes[fitting[0]])} and would fit.'
     else:
         least = min([needed, *sizes.values()])
         advice = f"The smallest choice of weights= takes {show_bytes(least)}."
-    there = "memory= allows" if options.memory is not None else "this process may still take"
+    there = "memory= allows" if limit_bytes == options.memory else "this process may still take"
     raise CapacityError(
         f"[memory] {checkpoint.folder} with weights={options.weights} takes {show_bytes(needed)}, "
         f"{there} {show_bytes(limit_bytes)}. {advice}"

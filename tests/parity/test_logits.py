@@ -44,7 +44,7 @@ def test_logits_and_greedy_tokens_equal_transformers(
     folder, _ = checkpoint(name)
     wanted = golden(name)
     prompt = wanted["prompt"].tolist()
-    with camelid.LLM(folder, device="cpu", kv_cache="f32", threads=2) as llm:
+    with camelid.LLM(folder, device="cpu", threads=2) as llm:
         logits = llm.logits(prompt)
         params = camelid.SamplingParams(max_tokens=N_GREEDY, temperature=0.0, ignore_eos=True)
         (completion,) = llm.generate(prompt, params)

@@ -189,7 +189,7 @@ def test_bench_names_rows_as_llama_bench_does(folder: str, capsys: Any) -> None:
     assert "tg2" in capsys.readouterr().out
     for wrong in (["-r", "0"], ["-p", "x"], ["-b", "0"], ["-d", "99999999999"]):
         assert main(["bench", folder, *wrong, *CPU]) == 1
-        assert capsys.readouterr().err.startswith("camelid: [bench]")
+        assert wrong[0] in capsys.readouterr().err
 
 
 def test_the_demo_answers_about_a_text_it_never_saw(capsys: Any) -> None:
@@ -209,7 +209,7 @@ def test_errors_are_one_line_and_exit_with_one(folder: str, tmp_path: Path, caps
         ["run", folder, "x", "--temperature", "-1"],
         ["run", folder, "x", "--memory", "1KiB", "--device", "cpu"],
         ["run", folder, "x", "--kv-cache", "fp8"],
-        ["run", folder, ""],
+        ["run", folder, "", "--raw"],
         ["inspect", str(tmp_path)],
         ["inspect", folder, "--memory", "lots"],
     ):

@@ -326,8 +326,17 @@ def test_a_small_memory_is_planned_for(folder: Path) -> None:
         assert [len(a.token_ids) for a in answers] == [60] * 5
         assert len({tuple(a.token_ids) for a in answers}) == 1
         assert_nothing_left(llm)
-    with pytest.raises(CapacityError, match="memory"):
+    with pytest.raises(CapacityError, match=r"memory= allows 10\.0 KiB"):
         LLM(folder, device="cpu", memory="10KiB")
+
+
+@pytest.mark.parametrize("memory", [None, "1TiB"])
+def test_weights_beyond_the_machine_are_refused_before_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, memory: str | None
+) -> None:
+    monkeypatch.setattr("camelid._core.available_memory", lambda: 520_000)
+    with pytest.raises(CapacityError, match=r'still take.*weights="int8" takes .* would fit'):
+        LLM(folder, device="cpu", memory=memory)
 
 
 def test_the_plan_knows_every_byte_of_the_weights(tmp_path: Path) -> None:
@@ -477,3 +486,49 @@ def test_ctrl_c_ends_cleanly(folder: Path, how: str) -> None:
         finally:
             process.kill()
     assert (process.returncode, out, err) == (0, "interrupted\n", "")
+
+
+def run_script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    head = f"""
+        import os, sys, camelid
+        llm = camelid.LLM({str(folder)!r}, device="cpu", threads=2)
+        params = camelid.SamplingParams(max_tokens=3900, ignore_eos=True)
+        stream = llm.stream("a", params)
+        next(stream)
+    """
+    code = textwrap.dedent(head) + textwrap.dedent(body)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "end", ["", "sys.exit(0)", "del llm", "llm.close()", "stream.close()", "del stream, llm"]
+)
+def test_the_interpreter_exits_in_the_middle_of_an_answer(folder: Path, end: str) -> None:
+    done = run_script(folder, f"print('bye', flush=True)\n{end}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "bye\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_refused_and_exits(folder: Path) -> None:
+    done = run_script(
+        folder,
+        """
+        pid = os.fork()
+        if pid == 0:
+            try:
+                next(stream)
+            except camelid.Unsupported as error:
+                assert "forked" in str(error)
+            try:
+                llm.generate("x")
+            except camelid.Unsupported:
+                llm.close()
+                print("child", flush=True)
+                sys.exit(0)  # runs destructors, which must not wait for threads that are not there
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        print(len(list(stream)) > 0, flush=True)
+        """,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "child\nTrue\n", "")

@@ -181,7 +181,7 @@ def test_load_options_take_known_names_and_refuse_others() -> None:
             LoadOptions.parse(threads=threads)  # type: ignore[arg-type]
 
 
-def test_an_automatic_kv_cache_keeps_float32_checkpoints_exact() -> None:
+def test_an_automatic_kv_cache_is_exact() -> None:
     assert LoadOptions().kv_cache_type == "f32"
     assert LoadOptions(kv_cache="bf16").kv_cache_type == "bf16"
 

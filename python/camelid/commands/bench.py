@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.repeats < 1:
         raise InvalidRequest(f"[bench] -r is {options.repeats}, expected at least 1.")
-    numbers = [_numbers(getattr(options, name)) for name in ("n_prompt", "n_gen", "depth", "batch")]
+    flags = {"-p": options.n_prompt, "-n": options.n_gen, "-d": options.depth, "-b": options.batch}
+    numbers = [_numbers(flag, text) for flag, text in flags.items()]
     what = cases(*numbers)
     wanted = LoadOptions.parse(**load_options(options))
     with Checkpoint.open(find_folder(options.model)) as checkpoint:
@@ -78,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(flag: str, text: str) -> list[int]:
     values = [item.strip() for item in text.split(",")]
-    return [0 if value == "0" else parse_count("bench", value) for value in values]
+    return [0 if value == "0" else parse_count(flag, value) for value in values]
 
 
 def _check_fit(core: Any, what: list[Case]) -> None:

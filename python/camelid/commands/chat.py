@@ -63,19 +63,19 @@ class Conversation:
         """Read and answer lines until the end of input, /bye, or Ctrl-C at the prompt."""
         if sys.stdin.isatty():
             print("/help shows the commands, /bye ends.", file=sys.stderr)
-        while True:
-            try:
+        try:
+            while True:
                 message = _read_message()
-            except (EOFError, KeyboardInterrupt):
-                if sys.stdin.isatty():
-                    print()
-                return 0
-            if message.strip() in ("/bye", "/exit", "/quit"):
-                return 0
-            try:
-                self._handle(message)
-            except Error as error:  # the conversation goes on
-                print(f"camelid: {error}", file=sys.stderr)
+                if message.strip() in ("/bye", "/exit", "/quit"):
+                    return 0
+                try:
+                    self._handle(message)
+                except Error as error:  # the conversation goes on
+                    print(f"camelid: {error}", file=sys.stderr)
+        except (EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty():
+                print()
+            return 0
 
     def _handle(self, message: str) -> None:
         command, _, rest = message.strip().partition(" ")
