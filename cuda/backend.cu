@@ -12,8 +12,7 @@ namespace camelid {
 bool cuda_available() { return false; }
 
 std::unique_ptr<Backend> make_cuda_backend(int /*device*/) {
-  fail(ErrorCode::kUnsupported,
-       "[cuda] this build contains no GPU kernels yet; use device='cpu'.");
+  fail(ErrorCode::kUnsupported, "[cuda] this build contains no GPU kernels yet; use device='cpu'.");
 }
 
 }  // namespace camelid

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camelid import _core
-from camelid.checkpoint import (
-    Checkpoint,
-    account,
+from camelid.checkpoint import Checkpoint, account
+from camelid.sources import (
     embedding_source,
     final_norm_source,
     head_source,

@@ -13,7 +13,7 @@ FORMATS = {"f32": 1, "f16": 2, "bf16": 2, "int8": 4, "int4": 8}
 
 @dataclass
 class Source:
-    """The fields of camelid.checkpoint.LinearSource that the extension reads."""
+    """The fields of camelid.sources.LinearSource that the extension reads."""
 
     name: str = "layers.7.wo"
     file: str = "model-00001.safetensors"

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+
 from camelid.config import parse_config
 from camelid.layout import iter_expected
 from camelid.safetensors import SafetensorsWriter, TensorSpec
-from tqdm import tqdm
 
 BLOCK = np.random.default_rng(0).bytes(1 << 24)
 GROUP_SIZE = 128
@@ -69,7 +70,7 @@ def scout_config(n_layers: int, vocab_size: int) -> dict[str, object]:
 
 
 def pieces(spec: TensorSpec, shape: tuple[int, int] | None) -> Iterator[bytes]:
-    """Yield the bytes of one tensor: random words, and small constants where numbers must be finite.
+    """Yield the bytes of one tensor: random words, and small constants for numbers.
 
     `shape` is what a weight_shape tensor says.
     """

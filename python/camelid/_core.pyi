@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from camelid.checkpoint import LayerSources, LinearSource
 from camelid.config import ModelConfig
+from camelid.sources import LayerSources, LinearSource
 
 __version__: str
 
@@ -41,7 +41,7 @@ class StepResult:
     logits: NDArray[np.float32]  # [rows of all entries with output 2, vocab_size]
 
 class Engine:
-    """One model on one device. All methods may be called from any thread; long ones release the GIL."""
+    """One model on one device. Any thread may call any method; long ones release the GIL."""
 
     def __init__(
         self,

@@ -20,27 +20,8 @@ from camelid.errors import CheckpointError, Unsupported
 from camelid.json_file import read_json, shorten
 from camelid.layout import Expected, expected_tensors, iter_expected
 from camelid.safetensors import SafetensorsFile, TensorEntry
-from camelid.sources import (
-    LayerSources,
-    LinearSource,
-    embedding_source,
-    final_norm_source,
-    head_source,
-    layer_sources,
-)
 
-__all__ = [
-    "Checkpoint",
-    "Expected",
-    "LayerSources",
-    "LinearSource",
-    "account",
-    "embedding_source",
-    "expected_tensors",
-    "final_norm_source",
-    "head_source",
-    "layer_sources",
-]
+__all__ = ["Checkpoint", "Expected", "account", "expected_tensors"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -335,7 +335,7 @@ def user_message(document: str, question: str) -> str:
 
 
 def make_document(
-    rng: random.Random, *, n_tokens_target: int = 1100, split: Split = "heldout"
+    rng: random.Random, *, n_tokens_target: int = 1000, split: Split = "heldout"
 ) -> Document:
     """Write one document and every question it answers.
 

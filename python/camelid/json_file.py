@@ -14,52 +14,62 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from camelid.errors import CheckpointError
+from camelid.errors import CheckpointError, Error
 
 # The largest file a released Llama 4 folder holds as JSON is tokenizer.json (27 MB); an index of a
 # per-expert Maverick checkpoint is 4 MB.
 MAX_JSON_BYTES = 256 << 20
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path, *, error: type[Error] = CheckpointError, max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """Return the object a JSON file holds.
 
     Raises:
-        CheckpointError: If the file is missing, not a regular file, too large, not JSON, nested
-            without end, or not an object.
+        Error: The class `error`, if the file is missing, not a regular file, too large, not JSON,
+            nested without end, or not an object.
     """
     try:
         info = os.stat(path)  # before open(): opening a pipe would wait for a writer
         if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"[json] {path} is not a regular file.")
+            raise error(f"[json] {path} is not a regular file.")
         if info.st_size > max_bytes:
-            raise CheckpointError(
-                f"[json] {path} has {info.st_size} bytes, expected at most {max_bytes}."
-            )
+            raise error(f"[json] {path} has {info.st_size} bytes, expected at most {max_bytes}.")
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"[json] cannot read {path}: {error}") from error
-    return parse_object(data, where=str(path))
+    except (OSError, ValueError) as cause:
+        raise error(f"[json] cannot read {path}: {cause}") from cause
+    return parse_object(data, where=str(path), error=error)
 
 
-def parse_object(data: bytes, *, where: str, unique_keys: bool = False) -> dict[str, Any]:
+def parse_object(
+    data: bytes,
+    *,
+    where: str,
+    unique_keys: bool = False,
+    error: type[Error] = CheckpointError,
+) -> dict[str, Any]:
     """Parse bytes that must be one JSON object.
 
     Args:
         data: UTF-8 text.
         where: What messages call it.
         unique_keys: Refuse an object that names a key twice, at any depth.
+        error: What is raised.
     """
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys if unique_keys else None
         )
     except RecursionError:
-        raise CheckpointError(f"[json] {where} is nested too deeply.") from None
-    except ValueError as error:  # JSON, UTF-8, numbers of thousands of digits, repeated keys
-        raise CheckpointError(f"[json] {where} is not valid JSON: {shorten(error)}") from None
+        raise error(f"[json] {where} is nested too deeply.") from None
+    except ValueError as cause:  # JSON, UTF-8, numbers of thousands of digits, repeated keys
+        raise error(
+            f"[json] {where} is not valid JSON: {shorten(cause)}. It is truncated or damaged; "
+            "download it again."
+        ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"[json] {where} holds {shorten(value)}, expected an object.")
+        raise error(f"[json] {where} holds {shorten(value)}, expected an object.")
     return value
 
 

@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from camelid.checkpoint import (
-    Checkpoint,
-    account,
+from camelid.checkpoint import Checkpoint, account
+from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
+from camelid.options import LoadOptions
+from camelid.report import KV_ELEMENT_BYTES, kv_report, loaded_bytes
+from camelid.sources import (
+    LinearSource,
     embedding_source,
     final_norm_source,
     head_source,
     layer_sources,
 )
-from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
-from camelid.options import LoadOptions
-from camelid.report import KV_ELEMENT_BYTES, kv_report, loaded_bytes
 
 if TYPE_CHECKING:
     from camelid import _core
     from camelid.config import ModelConfig
-    from camelid.sources import LinearSource
 
 __all__ = ["Loaded", "find_folder", "load", "show_bytes"]
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from camelid.errors import TemplateError
-from camelid.tokenizer_files import read_bytes, read_json_object
+from camelid.json_file import read_json
+from camelid.tokenizer_files import read_bytes
 
 
 def find_templates(folder: Path) -> tuple[dict[str, str], Any, str]:
     """Return the token names, the template (text, named list, or None) and the file it is from."""
     config: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").is_file():
-        config = read_json_object(folder / "tokenizer_config.json", TemplateError)
+        config = read_json(folder / "tokenizer_config.json", error=TemplateError)
     names = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(key)
@@ -33,7 +34,7 @@ def find_templates(folder: Path) -> tuple[dict[str, str], Any, str]:
             ) from cause
     path = folder / "chat_template.json"
     if path.is_file():
-        source = read_json_object(path, TemplateError).get("chat_template")
+        source = read_json(path, error=TemplateError).get("chat_template")
         if source is None:
             raise TemplateError(f"[template] {path} has no `chat_template`. Download it again.")
         return names, source, str(path)

@@ -17,9 +17,9 @@ from types import MappingProxyType
 import tiktoken
 
 from camelid.errors import TokenizerError
+from camelid.json_file import read_json
 from camelid.tokenizer_files import (
     Vocabulary,
-    read_json_object,
     read_tokenizer_json,
     read_tokenizer_model,
     read_vocabulary,
@@ -307,7 +307,7 @@ def _build_encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
 
 def _configured_names(path: Path) -> dict[str, str]:
     """Read the token names of tokenizer_config.json, each a string or an object with `content`."""
-    config = read_json_object(path, TokenizerError)
+    config = read_json(path, error=TokenizerError)
     names = {}
     for key in ("bos", "eos", "pad"):
         value = config.get(f"{key}_token")

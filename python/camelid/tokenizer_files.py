@@ -8,7 +8,6 @@ Must never know how text is encoded: that is `tokenizer.py`.
 from __future__ import annotations
 
 import binascii
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeGuard
 
 from camelid.bpe_proof import first_disagreement
 from camelid.errors import Error, TokenizerError
+from camelid.json_file import read_json
 
 # The o200k split pattern.  Source: Meta llama-models models/llama4/tokenizer.py; tokenizer.json of
 # the released checkpoints holds the same string.
@@ -89,23 +89,6 @@ def read_bytes(path: Path, error: type[Error]) -> bytes:
         raise error(f"[{path.name}] {path} cannot be read: {cause.strerror or cause}.") from cause
 
 
-def read_json_object(path: Path, error: type[Error]) -> dict[str, Any]:
-    """Parse a JSON file whose top level must be an object."""
-    try:
-        value = json.loads(read_bytes(path, error))
-    except (ValueError, RecursionError) as cause:
-        raise error(
-            f"[{path.name}] {path} is not JSON ({cause}). It is truncated or damaged; "
-            "download it again."
-        ) from cause
-    if not isinstance(value, dict):
-        raise error(
-            f"[{path.name}] {path} holds a JSON {type(value).__name__}, expected an object. "
-            "Download it again."
-        )
-    return value
-
-
 def read_tokenizer_model(path: Path) -> Vocabulary:
     """Read base64 rank lines; 2,048 special tokens follow the last rank, as in Meta's code."""
     ranks: dict[bytes, int] = {}
@@ -143,7 +126,7 @@ def _rank_line(path: Path, number: int, line: bytes) -> tuple[bytes, int]:
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
     """Undo the byte-level alphabet of a tokenizer.json, so its ids are ranks again."""
-    document = read_json_object(path, TokenizerError)
+    document = read_json(path, error=TokenizerError)
     model = document.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
         raise _broken(path, "no model.vocab", "a `model` object with a vocabulary")

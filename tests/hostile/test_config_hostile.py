@@ -11,10 +11,11 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from camelid.checkpoint import Checkpoint, account, layer_sources
+from camelid.checkpoint import Checkpoint, account
 from camelid.config import ModelConfig, parse_config
 from camelid.errors import CheckpointError, Unsupported
 from camelid.layout import iter_expected
+from camelid.sources import layer_sources
 from checkpoints import TEXT_CONFIG, VISION_CONFIG, Quantization, write_checkpoint
 
 KNOWN = (CheckpointError, Unsupported)

@@ -160,13 +160,13 @@ def tokenizer() -> Tokenizer:
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "not UTF-8": ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
     "does not compile": ("chat_template.jinja", b"{% if %}", "does not compile"),
-    "truncated": ("chat_template.json", b'{"chat_template": "x', "not JSON"),
+    "truncated": ("chat_template.json", b'{"chat_template": "x', "not valid JSON"),
     "a list": ("chat_template.json", b"[]", "expected an object"),
     "no template": ("chat_template.json", b"{}", "no `chat_template`"),
     "number": ("tokenizer_config.json", b'{"chat_template": 7}', "is int"),
     "list of junk": ("tokenizer_config.json", b'{"chat_template": [1]}', "a template is"),
     "no default": ("tokenizer_config.json", b'{"chat_template": []}', "named 'default'"),
-    "deep": ("tokenizer_config.json", b"[" * 100_000, "not JSON"),
+    "deep": ("tokenizer_config.json", b"[" * 100_000, "nested too deeply"),
     "no template at all": ("other.json", b"{}", "lacks"),
 }
 

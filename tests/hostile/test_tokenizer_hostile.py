@@ -160,7 +160,7 @@ def test_truncated_json_is_refused_at_any_cut(tmp_path: Path) -> None:
     text = json.dumps(document())
     for cut in range(0, len(text), 97):
         (tmp_path / "tokenizer.json").write_text(text[:cut])
-        refused(tmp_path, "not JSON")
+        refused(tmp_path, "not valid JSON")
 
 
 def test_odd_token_names_in_the_config_are_ignored(tmp_path: Path) -> None:

@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from camelid.checkpoint import (
-    Checkpoint,
-    account,
+from camelid.checkpoint import Checkpoint, account, expected_tensors
+from camelid.config import load_config
+from camelid.errors import CheckpointError, Unsupported
+from camelid.safetensors import SafetensorsFile
+from camelid.sources import (
     embedding_source,
-    expected_tensors,
     final_norm_source,
     head_source,
     layer_sources,
 )
-from camelid.config import load_config
-from camelid.errors import CheckpointError, Unsupported
-from camelid.safetensors import SafetensorsFile
 from checkpoints import (
     SPECIAL_IDS,
     TEXT_CONFIG,

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from camelid.checkpoint import Checkpoint, LinearSource, account, head_source, layer_sources
+from camelid.checkpoint import Checkpoint, account
 from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
 from camelid.quantization import Scheme
+from camelid.sources import LinearSource, head_source, layer_sources
 from checkpoints import Quantization, bf16_bits, pack, source_values, write_checkpoint
 from checkpoints import quantize as reference_quantize
 
