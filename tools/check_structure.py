@@ -1,8 +1,8 @@
 """Check the rules that the compilers cannot: who may include whom, what may appear where, sizes.
 
-Prints one line per violation and fails when there is one. With `--objects BUILD_DIR` it also checks
-what a build left behind: the files compiled for a larger instruction set must define no symbol that
-the linker could choose for everybody. Standard library only.
+Prints one line per violation and fails when there is one. With `--objects BUILD_DIR` it checks what
+a build left behind instead: the files compiled for a larger instruction set must define no symbol
+that the linker could choose for everybody. Standard library only.
 """
 
 from __future__ import annotations
@@ -124,10 +124,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objects", type=Path, metavar="BUILD_DIR")
     options = parser.parse_args()
-    violations = [v for folder in MAY_INCLUDE for v in check_cpp(folder)]
-    violations += [*check_python(), *check_seam()]
     if options.objects:
-        violations += check_objects(options.objects.resolve())
+        violations = list(check_objects(options.objects.resolve()))
+    else:
+        violations = [v for folder in MAY_INCLUDE for v in check_cpp(folder)]
+        violations += [*check_python(), *check_seam()]
     for path, number, reason in violations:
         where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         print(f"{where}:{number}: {reason}")

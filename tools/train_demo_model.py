@@ -3,6 +3,18 @@
 Owns the curriculum and the optimisation; `demo_model.py` owns the network, `demo_export.py` the
 files and `python/camelid/demo_corpus.py` the language. Needs torch (CPU) and tokenizers; `--check`
 also needs transformers.
+
+The shipped weights took about 50 minutes on two shared cores (700 steps, 4.9 M parameters): stages
+0 and 1 in one run, stages 2 and 3 from its checkpoint with a fresh optimiser (`--from-stage 2`),
+while the first run's cosine was laid out for 1,200 steps: a rerun lands near these numbers, not on
+them. Stage 0 leaves the plateau within 50 steps.
+
+Held-out exact match over 500 questions to documents of 1,000 to 1,200 tokens, as `exact_match`
+counts: 98.0 % in float32, 97.8 % in INT4; over the 500 of `benchmarks/demo_accuracy.py`, with the
+engine: 95.0 % in float32 and INT8, 95.2 % in INT4. Most errors are answers that a chunk edge cuts
+in two: of questions placed on an edge on purpose (with chunks of 256) 71 % were right.
+
+    python tools/train_demo_model.py --float-folder demo_f32 --check
 """
 
 from __future__ import annotations
@@ -36,8 +48,8 @@ from demo_model import Batch, DemoConfig, Llama4Demo, construct_lookup, set_fake
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = 32  # INT4 group: small, because the model is
-# Trained with chunks of 256, so that edges are met often; shipped with 384, a third fewer edges, none
-# near 1,024 tokens. An answer that straddles an edge is the model's known weakness: see --help.
+# Trained with chunks of 256, so that edges are met often; shipped with 384: a third fewer edges,
+# none near 1,024 tokens. An answer that straddles an edge is the model's known weakness.
 SHIPPED_CHUNK = 384
 LONG = (1000, 1200)  # tokens of the documents that accuracy is quoted for
 EDGE = (995, 1010)  # their questions are cut by the chunk edge at 1024: the hardest case
