@@ -31,10 +31,11 @@ KvType to_kv_type(const std::string& name) {
        "\" is not supported by this build, expected auto, f32 or bf16.");
 }
 
-std::unique_ptr<Engine> make_engine(const py::object& config, const std::string& device, int threads,
-                                    const std::string& weights, const std::string& kv_cache,
-                                    std::size_t memory_bytes, std::int64_t page_size,
-                                    std::int64_t max_step_tokens, const OnPacked& on_packed) {
+std::unique_ptr<Engine> make_engine(const py::object& config, const std::string& device,
+                                    int threads, const std::string& weights,
+                                    const std::string& kv_cache, std::size_t memory_bytes,
+                                    std::int64_t page_size, std::int64_t max_step_tokens,
+                                    const OnPacked& on_packed) {
   EngineOptions options;
   options.backend = {device, threads};
   options.weights = weight_choice_from_name(weights);
@@ -74,7 +75,8 @@ StepResult run_step(Engine& engine, const py::array_t<std::int64_t, py::array::c
                     const py::array_t<std::uint8_t, py::array::c_style>& outputs) {
   std::vector<Output> wanted;
   for (py::ssize_t i = 0; i < outputs.size(); ++i) {
-    if (outputs.data()[i] > 2) fail(ErrorCode::kInvalidRequest, "[step] an output is not 0, 1 or 2");
+    if (outputs.data()[i] > 2)
+      fail(ErrorCode::kInvalidRequest, "[step] an output is not 0, 1 or 2");
     wanted.push_back(static_cast<Output>(outputs.data()[i]));
   }
   const StepRequest request{{sequences.data(), static_cast<std::size_t>(sequences.size())},
@@ -143,7 +145,8 @@ SamplerParams make_sampler_params(float temperature, int top_k, float top_p, flo
 py::tuple quantize(const py::object& source, int bits, std::int64_t group_size, int threads) {
   BufferGuard guard;
   const LinearSource linear = to_linear(source, guard);
-  if (bits != 4 && bits != 8) fail(ErrorCode::kInvalidRequest, "[quantize] bits is ", bits, ", expected 4 or 8");
+  if (bits != 4 && bits != 8)
+    fail(ErrorCode::kInvalidRequest, "[quantize] bits is ", bits, ", expected 4 or 8");
   const std::int64_t group = group_size > 0 ? group_size : linear.in_dim;
   const std::int64_t per_word = 32 / bits;
   const std::int64_t n_words = (linear.in_dim + per_word - 1) / per_word;
@@ -205,7 +208,8 @@ void bind_engine(py::module_& m) {
       .def("finish_loading", &Engine::finish_loading, Release())
       .def("open_sequence", &Engine::open_sequence, py::arg("params"), Release())
       .def("close_sequence", &Engine::close_sequence, py::arg("sequence"), Release())
-      .def("step", &step, py::arg("sequences"), py::arg("counts"), py::arg("tokens"), py::arg("outputs"))
+      .def("step", &step, py::arg("sequences"), py::arg("counts"), py::arg("tokens"),
+           py::arg("outputs"))
       .def("kv_bytes_for", &Engine::kv_bytes_for, py::arg("n_tokens"))
       .def("kv_tokens_in", &Engine::kv_tokens_in, py::arg("n_bytes"))
       .def("memory", &memory)

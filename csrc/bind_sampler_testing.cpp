@@ -17,7 +17,9 @@ void bind_sampler_testing(py::module_& testing) {
   py::class_<Sampler>(testing, "Sampler")
       .def(py::init<SamplerParams, std::int64_t>(), py::arg("params"), py::arg("vocab_size"))
       .def("observe_prompt",
-           [](Sampler& sampler, const std::vector<std::int32_t>& tokens) { sampler.observe_prompt(tokens); })
+           [](Sampler& sampler, const std::vector<std::int32_t>& tokens) {
+             sampler.observe_prompt(tokens);
+           })
       .def("sample", [](Sampler& sampler, const Logits& logits) {
         return sampler.sample({logits.data(), static_cast<std::size_t>(logits.size())});
       });

@@ -53,7 +53,8 @@ std::size_t plain_bytes(const LinearSource& s) {
 }
 
 void hold_quantised(LinearSource& s, const py::object& source, BufferGuard& guard) {
-  const bool sane = (s.bits == 4 || s.bits == 8) && s.out_dim > 0 && s.in_dim > 0 && s.group_size > 0;
+  const bool sane =
+      (s.bits == 4 || s.bits == 8) && s.out_dim > 0 && s.in_dim > 0 && s.group_size > 0;
   if (!sane) fail(ErrorCode::kInvalidRequest, "[weights] ", s.name, " has impossible dimensions");
   const std::int64_t per_word = 32 / s.bits;
   const auto n_words = static_cast<std::size_t>(s.out_dim * ((s.in_dim + per_word - 1) / per_word));
@@ -101,8 +102,8 @@ const void* BufferGuard::hold(const py::object& buffer, std::size_t least_bytes,
   }
   const auto got = static_cast<std::size_t>(info.size * info.itemsize);
   if (got < least_bytes) {
-    fail(ErrorCode::kInvalidRequest, "[weights] the buffer of ", name, " has ", got, " bytes, expected ",
-         least_bytes);
+    fail(ErrorCode::kInvalidRequest, "[weights] the buffer of ", name, " has ", got,
+         " bytes, expected ", least_bytes);
   }
   return info.ptr;
 }

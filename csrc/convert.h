@@ -1,5 +1,5 @@
-// Between Python objects and the engine's plain structs: errors, model shapes, weight sources. Checks
-// every buffer's size against what the engine will read. Does no arithmetic on values.
+// Between Python objects and the engine's plain structs: errors, model shapes, weight sources.
+// Checks every buffer's size against what the engine will read. Does no arithmetic on values.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -23,7 +23,8 @@ ModelConfig to_config(const pybind11::object& config);
 class BufferGuard {
  public:
   // The object's contiguous bytes; throws kInvalidRequest when they are fewer than `least_bytes`.
-  const void* hold(const pybind11::object& buffer, std::size_t least_bytes, const std::string& name);
+  const void* hold(const pybind11::object& buffer, std::size_t least_bytes,
+                   const std::string& name);
 
  private:
   std::vector<pybind11::buffer_info> buffers_;

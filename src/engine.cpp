@@ -32,9 +32,10 @@ void Engine::finish_loading() {
   auto made = std::make_unique<KvCache>(*backend_, config_, cache);
   const std::size_t least = made->bytes_for(1);
   if (left < least) {
-    fail(ErrorCode::kCapacity, "[memory] weights take ", weights_.bytes(), " bytes and the workspace ",
-         workspace, "; ", left, " bytes are left for the KV cache, which needs at least ", least,
-         ". Raise memory= to ", weights_.bytes() + workspace + least, " bytes or more, or use smaller weights.");
+    fail(ErrorCode::kCapacity, "[memory] weights take ", weights_.bytes(),
+         " bytes and the workspace ", workspace, "; ", left,
+         " bytes are left for the KV cache, which needs at least ", least, ". Raise memory= to ",
+         weights_.bytes() + workspace + least, " bytes or more, or use smaller weights.");
   }
   cache_ = std::move(made);
 }

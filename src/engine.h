@@ -25,8 +25,8 @@ struct EngineOptions {
   WeightChoice weights = WeightChoice::kAsStored;
   OnPacked on_packed;
   KvType kv_cache = KvType::kF32;
-  std::int64_t page_size = 64;     // tokens
-  std::size_t memory_bytes = 0;    // weights, KV pages and workspace together; 0: what is available
+  std::int64_t page_size = 64;   // tokens
+  std::size_t memory_bytes = 0;  // weights, KV pages and workspace together; 0: what is available
   std::int64_t max_step_tokens = 512;  // the workspace reserve; larger steps take more
 };
 

@@ -1,5 +1,5 @@
-// Everything the model may ask of a machine, at the grain the model speaks. Calls run in order; only
-// download() waits. Callers (model/, step/) pass checked shapes, so a backend may trust them.
+// Everything the model may ask of a machine, at the grain the model speaks. Calls run in order;
+// only download() waits. Callers (model/, step/) pass checked shapes, so a backend may trust them.
 #pragma once
 
 #include <cstddef>
@@ -49,11 +49,11 @@ struct KvPages {
 struct KvSpan {
   std::int64_t first_row = 0;  // of the step's tokens
   std::int64_t n_rows = 0;
-  std::int64_t first_index = 0;               // row first_row is written at this index
+  std::int64_t first_index = 0;         // row first_row is written at this index
   const std::int32_t* pages = nullptr;  // key i lies in pages[i / page_size]
 };
 
-// One kind of attention layer in one step: local layers see their own chunk, global ones everything.
+// One kind of attention layer in one step: local ones see their own chunk, global ones everything.
 struct KvPlan {
   KvPages pages;
   std::vector<KvSpan> spans;    // cover all rows of the step, in order
@@ -70,16 +70,16 @@ struct StepPlan {
 
 // What distinguishes one layer's attention from another's.
 struct AttentionLayer {
-  bool local = false;              // KvPlan local, else global
-  bool rotate = false;             // RoPE on interleaved pairs (2i, 2i+1) by the plan's rotation
-  bool qk_norm = false;            // after RoPE: weightless RMS norm per head (LLAMA4.md, step 4)
-  bool scale_queries = false;      // multiply q by StepPlan::query_scale (NoPE temperature)
-  std::int64_t kv_layer = 0;       // index among the layers of its kind
+  bool local = false;          // KvPlan local, else global
+  bool rotate = false;         // RoPE on interleaved pairs (2i, 2i+1) by the plan's rotation
+  bool qk_norm = false;        // after RoPE: weightless RMS norm per head (LLAMA4.md, step 4)
+  bool scale_queries = false;  // multiply q by StepPlan::query_scale (NoPE temperature)
+  std::int64_t kv_layer = 0;   // index among the layers of its kind
   std::int64_t n_heads = 0;
   float eps = 0.0f;
 };
 
-struct Mlp {  // down(silu(gate x) * up x)
+struct Mlp {
   std::unique_ptr<Matrix> gate_up;  // [2 * ffn_dim, dim]: gate over up
   std::unique_ptr<Matrix> down;     // [dim, ffn_dim]
 };
@@ -111,11 +111,12 @@ class Backend {
   virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
   virtual void matmul(Tensor y, Tensor x, const Matrix& w) = 0;      // y = x w^T
   virtual void matmul_add(Tensor y, Tensor x, const Matrix& w) = 0;  // y += x w^T
-  // qkv: [n_tokens, (n_heads + 2 n_kv_heads) * head_dim]. Finishes q in place, writes k, v to pages.
+  // qkv: [n_tokens, (n_heads + 2 n_kv_heads) * head_dim]. Finishes q in place; k, v go to pages.
   virtual void store_kv(Tensor qkv, const AttentionLayer& layer) = 0;
   virtual void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) = 0;  // y: [n, heads * hd]
-  virtual void mlp(Tensor y, Tensor x, const Mlp& w) = 0;           // y += mlp(x)
-  virtual void experts(Tensor y, Tensor x, const Experts& w) = 0;   // y += shared + routed, by router
+  // y += down(silu(gate x) * up x), and y += shared(x) + routed experts of sigmoid(router x) * x.
+  virtual void mlp(Tensor y, Tensor x, const Mlp& w) = 0;
+  virtual void experts(Tensor y, Tensor x, const Experts& w) = 0;
   virtual void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) = 0;
   virtual void download(float* out, Tensor x) = 0;  // [n_rows, dim] float32, waits
 };

@@ -1,4 +1,5 @@
-// Two views that own nothing: a tensor as a checkpoint holds it, and rows of activations on a device.
+// Two views that own nothing: a tensor as a checkpoint holds it, and rows of activations on a
+// device.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,13 @@
-// The CPU's packed weight layout: panels of 16 output rows, one 32-bit word of each row side by side.
+// The CPU's packed weight layout: panels of 16 output rows, a 32-bit word of each row side by side.
 //
-//   words   [n_panels][n_words][16]   lane r of a word vector belongs to row panel * 16 + r and holds
+//   words   [n_panels][n_words][16]   lane r of a vector belongs to row panel * 16 + r and holds
 //                                     values_per_word consecutive inputs, lowest bits first
 //   scales  [n_panels][n_groups][16]  as stored (bf16, f16 or f32), null for plain formats
-//   zeros   [n_panels][n_groups][16]  uint8 zero points in offset-binary, null when all are 2^(bits-1)
+//   zeros   [n_panels][n_groups][16]  uint8 zero points, offset-binary, or null: all 2^(bits-1)
 //
-// A broadcast input value times one unpacked vector feeds 16 outputs, so every output sums its inputs
-// in index order whatever the number of rows: results do not depend on the batch. Rows past out_dim
-// and inputs past in_dim are packed as zeros.
+// A broadcast input value times one unpacked vector feeds 16 outputs, so every output sums its
+// inputs in index order whatever the number of rows: results do not depend on the batch. Rows past
+// out_dim and inputs past in_dim are packed as zeros.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,8 @@
 namespace camelid {
 namespace {
 
-KvPages page_shape(const ModelConfig& config, const KvCacheOptions& options, std::int64_t n_layers) {
+KvPages page_shape(const ModelConfig& config, const KvCacheOptions& options,
+                   std::int64_t n_layers) {
   KvPages pages;
   pages.page_size = options.page_size;
   pages.n_layers = n_layers;
@@ -25,7 +26,8 @@ KvCache::KvCache(Backend& backend, const ModelConfig& config, const KvCacheOptio
       chunk_(config.chunk),
       budget_{options.limit_bytes, 0},
       local_(backend, page_shape(config, options, config.n_local_layers()), budget_),
-      global_(backend, page_shape(config, options, config.n_layers - config.n_local_layers()), budget_),
+      global_(backend, page_shape(config, options, config.n_layers - config.n_local_layers()),
+              budget_),
       frequencies_(rope_frequencies(config)) {
   for (std::int64_t layer = 0; layer < config.n_layers; ++layer) {
     if (!config.is_rope_layer[static_cast<std::size_t>(layer)]) continue;
@@ -103,7 +105,8 @@ void KvCache::check_capacity(std::span<const SequenceSlice> slices) const {
     // After a boundary the next chunk starts from no pages, and needs no more than a whole chunk.
     std::int64_t most_local = pages_for(in_chunk);
     if (chunk_ > 0 && index + slice.n_tokens > chunk_) {
-      most_local = std::max(most_local, pages_for(std::min(index + slice.n_tokens - chunk_, chunk_)));
+      most_local =
+          std::max(most_local, pages_for(std::min(index + slice.n_tokens - chunk_, chunk_)));
     }
     needed += static_cast<std::size_t>(pages_for(s.position + slice.n_tokens) - held_global) *
               global_.page_bytes();
@@ -143,7 +146,8 @@ void KvCache::plan_spans(KvPlan& plan, std::span<const SequenceSlice> slices, bo
 void KvCache::plan(std::span<const SequenceSlice> slices, StepPlan& out) {
   for (const SequenceSlice& slice : slices) {
     if (slice.n_tokens < 1 || slice.n_tokens > left_in_chunk(slice.sequence)) {
-      fail(ErrorCode::kInternal, "[kv] a slice of ", slice.n_tokens, " tokens crosses a chunk boundary");
+      fail(ErrorCode::kInternal, "[kv] a slice of ", slice.n_tokens,
+           " tokens crosses a chunk boundary");
     }
   }
   plan_spans(out.local, slices, true);
@@ -168,9 +172,9 @@ void KvCache::check_invariants() const {
   for (const auto& [id, s] : sequences_) {
     n_local += static_cast<std::int64_t>(s.local_pages.size());
     n_global += static_cast<std::int64_t>(s.global_pages.size());
-    const bool enough = static_cast<std::int64_t>(s.local_pages.size()) >=
-                            pages_for(index_in_chunk(s.position)) &&
-                        static_cast<std::int64_t>(s.global_pages.size()) >= pages_for(s.position);
+    const bool enough =
+        static_cast<std::int64_t>(s.local_pages.size()) >= pages_for(index_in_chunk(s.position)) &&
+        static_cast<std::int64_t>(s.global_pages.size()) >= pages_for(s.position);
     if (!enough) fail(ErrorCode::kInternal, "[kv] sequence ", id, " lacks pages for its tokens");
   }
   if (n_local != local_.n_used() || n_global != global_.n_used()) {

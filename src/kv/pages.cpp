@@ -24,7 +24,8 @@ PagePool::PagePool(Backend& backend, KvPages shape, KvBudget& budget)
 
 std::int32_t PagePool::take() {
   if (budget_.used_bytes + pages_.page_bytes > budget_.limit_bytes) {
-    fail(ErrorCode::kInternal, "[kv] a page was taken beyond the budget of ", budget_.limit_bytes, " bytes");
+    fail(ErrorCode::kInternal, "[kv] a page was taken beyond the budget of ", budget_.limit_bytes,
+         " bytes");
   }
   budget_.used_bytes += pages_.page_bytes;
   if (!free_.empty()) {

@@ -1,5 +1,5 @@
-// Fixed-size KV pages from one reservation of address space; untouched pages cost no memory. Two pools
-// (local and global layers) draw on one budget of bytes. Knows nothing of sequences.
+// Fixed-size KV pages from one reservation of address space; untouched pages cost no memory. Two
+// pools (local and global layers) draw on one budget of bytes. Knows nothing of sequences.
 #pragma once
 
 #include <cstddef>
@@ -38,9 +38,9 @@ class PagePool {
   KvBudget& budget_;
   KvPages pages_;
   Buffer storage_;
-  std::int64_t capacity_ = 0;           // pages in the reservation
-  std::int64_t n_touched_ = 0;          // pages ever handed out; the rest was never written
-  std::vector<std::int32_t> free_;      // touched, now unused; last in, first out
+  std::int64_t capacity_ = 0;       // pages in the reservation
+  std::int64_t n_touched_ = 0;      // pages ever handed out; the rest was never written
+  std::vector<std::int32_t> free_;  // touched, now unused; last in, first out
 };
 
 }  // namespace camelid

@@ -25,8 +25,8 @@ void check_positive(std::string_view field, double value) {
 
 void check_per_layer(std::string_view field, std::size_t got, std::int64_t n_layers) {
   if (got == static_cast<std::size_t>(n_layers)) return;
-  fail(ErrorCode::kCheckpoint, "[config] ", field, " has ", got, " entries, expected one for each of ",
-       n_layers, " layers.");
+  fail(ErrorCode::kCheckpoint, "[config] ", field, " has ", got,
+       " entries, expected one for each of ", n_layers, " layers.");
 }
 
 }  // namespace
@@ -69,12 +69,14 @@ void ModelConfig::check() const {
   check_positive("rms_norm_eps", rms_norm_eps);
   check_positive("rope_theta", rope_theta);
   check_positive("floor_scale", floor_scale);
-  if (!std::isfinite(attn_scale)) fail(ErrorCode::kCheckpoint, "[config] attn_scale is not finite.");
+  if (!std::isfinite(attn_scale))
+    fail(ErrorCode::kCheckpoint, "[config] attn_scale is not finite.");
   if (has_rope_scaling) {
     check_positive("rope_scaling.factor", rope_scaling.factor);
     check_positive("rope_scaling.low_freq_factor", rope_scaling.low_freq_factor);
     check_positive("rope_scaling.high_freq_factor", rope_scaling.high_freq_factor);
-    check_positive("rope_scaling.original_max_position_embeddings", rope_scaling.original_max_position);
+    check_positive("rope_scaling.original_max_position_embeddings",
+                   rope_scaling.original_max_position);
   }
 }
 

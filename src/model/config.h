@@ -1,5 +1,5 @@
-// The shape of a Llama 4 text model, as plain numbers. python/camelid/config.py reads every dialect of
-// config.json into these; check() refuses what no Llama 4 can be.
+// The shape of a Llama 4 text model, as plain numbers. python/camelid/config.py reads every dialect
+// of config.json into these; check() refuses what no Llama 4 can be.
 #pragma once
 
 #include <cstdint>

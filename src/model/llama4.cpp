@@ -57,7 +57,8 @@ void Llama4::forward(const StepPlan& plan, std::span<const std::int32_t> rows, f
 }
 
 std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {
-  const std::int64_t per_token = 2 * config_.dim + config_.qkv_dim() + config_.n_heads * config_.head_dim;
+  const std::int64_t per_token =
+      2 * config_.dim + config_.qkv_dim() + config_.n_heads * config_.head_dim;
   return static_cast<std::size_t>(n_tokens * per_token) * backend_.activation_bytes();
 }
 

@@ -40,8 +40,8 @@ PackOptions options_for(const LinearSource& source, WeightChoice choice, bool qu
 
 void check_shape(const LinearSource& source, std::int64_t out_dim, std::int64_t in_dim) {
   if (source.out_dim == out_dim && source.in_dim == in_dim) return;
-  fail(ErrorCode::kCheckpoint, "[weights] ", source.name, " in ", source.file, " is [", source.out_dim,
-       ", ", source.in_dim, "], expected [", out_dim, ", ", in_dim,
+  fail(ErrorCode::kCheckpoint, "[weights] ", source.name, " in ", source.file, " is [",
+       source.out_dim, ", ", source.in_dim, "], expected [", out_dim, ", ", in_dim,
        "]. The config and the weights disagree; download both again.");
 }
 
@@ -52,16 +52,18 @@ WeightChoice weight_choice_from_name(const std::string& name) {
   if (name == "bf16") return WeightChoice::kBf16;
   if (name == "int8") return WeightChoice::kInt8;
   if (name == "int4") return WeightChoice::kInt4;
-  fail(name == "fp8" ? ErrorCode::kUnsupported : ErrorCode::kInvalidRequest, "[options] weights=\"", name,
-       "\" is not supported by this build, expected auto, bf16, int8 or int4.");
+  fail(name == "fp8" ? ErrorCode::kUnsupported : ErrorCode::kInvalidRequest, "[options] weights=\"",
+       name, "\" is not supported by this build, expected auto, bf16, int8 or int4.");
 }
 
-Weights::Weights(Backend& backend, const ModelConfig& config, WeightChoice choice, OnPacked on_packed)
+Weights::Weights(Backend& backend, const ModelConfig& config, WeightChoice choice,
+                 OnPacked on_packed)
     : backend_(backend), config_(config), choice_(choice), on_packed_(std::move(on_packed)) {}
 
 std::unique_ptr<Matrix> Weights::pack(std::vector<LinearSource> stack, bool quantisable) {
   std::vector<PackOptions> options;
-  for (const LinearSource& source : stack) options.push_back(options_for(source, choice_, quantisable));
+  for (const LinearSource& source : stack)
+    options.push_back(options_for(source, choice_, quantisable));
   std::unique_ptr<Matrix> matrix = backend_.pack(stack, options);
   bytes_ += matrix->bytes;
   if (on_packed_) {
@@ -119,7 +121,8 @@ void Weights::load_layer(const LayerSources& sources) {
   if (config_.is_moe_layer[index]) {
     const bool complete = sources.router && sources.shared &&
                           sources.experts.size() == static_cast<std::size_t>(config_.n_experts);
-    if (!complete) fail(ErrorCode::kInternal, "[weights] layer ", index, " lacks parts of its experts");
+    if (!complete)
+      fail(ErrorCode::kInternal, "[weights] layer ", index, " lacks parts of its experts");
     check_shape(*sources.router, config_.n_experts, config_.dim);
     Experts experts;
     experts.top_k = config_.top_k;
@@ -130,13 +133,15 @@ void Weights::load_layer(const LayerSources& sources) {
     experts.shared = pack_mlp(*sources.shared, config_.expert_dim);
     layer.experts = std::move(experts);
   } else {
-    if (!sources.dense) fail(ErrorCode::kInternal, "[weights] layer ", index, " lacks its dense block");
+    if (!sources.dense)
+      fail(ErrorCode::kInternal, "[weights] layer ", index, " lacks its dense block");
     layer.dense = pack_mlp(*sources.dense, config_.dense_dim);
   }
   layers_.push_back(std::move(layer));
 }
 
-void Weights::load_head(std::span<const float> final_norm, const std::optional<LinearSource>& head) {
+void Weights::load_head(std::span<const float> final_norm,
+                        const std::optional<LinearSource>& head) {
   final_norm_ = upload_norm(final_norm, "final norm");
   if (!head) return;
   check_shape(*head, config_.vocab_size, config_.dim);
@@ -147,8 +152,9 @@ void Weights::check_complete() const {
   const bool complete = embedding_ && final_norm_.data && (head_ || config_.tied_embeddings) &&
                         layers_.size() == static_cast<std::size_t>(config_.n_layers);
   if (!complete) {
-    fail(ErrorCode::kInternal, "[weights] the model is used before its weights are loaded: ",
-         layers_.size(), " of ", config_.n_layers, " layers");
+    fail(ErrorCode::kInternal,
+         "[weights] the model is used before its weights are loaded: ", layers_.size(), " of ",
+         config_.n_layers, " layers");
   }
 }
 

@@ -26,8 +26,9 @@ const FormatInfo& format_info(WeightFormat format);
 WeightFormat format_from_name(std::string_view name);
 
 // One linear layer [out_dim, in_dim] as a checkpoint holds it, either plain or quantised.
-// Quantised (compressed-tensors pack-quantized): value = (q - zero_point) * scale[row][col / group_size]
-// with q stored offset-binary (q + 2^(bits-1)), values_per_word() of them in each int32, lowest bits first.
+// Quantised (compressed-tensors pack-quantized):
+// value = (q - zero_point) * scale[row][col / group_size], with q stored offset-binary
+// (q + 2^(bits-1)), values_per_word() of them in each int32, lowest bits first.
 struct LinearSource {
   std::string name;  // for messages
   std::string file;
@@ -42,11 +43,11 @@ struct LinearSource {
 
   // Quantised, when bits != 0 (4 or 8):
   int bits = 0;
-  std::int64_t group_size = 0;                 // values along in_dim; in_dim when per channel
-  const void* words = nullptr;                 // int32 [out_dim, ceil(in_dim / values_per_word)]
-  const void* scales = nullptr;                // [out_dim, n_groups] of scale_dtype
+  std::int64_t group_size = 0;   // values along in_dim; in_dim when per channel
+  const void* words = nullptr;   // int32 [out_dim, ceil(in_dim / values_per_word)]
+  const void* scales = nullptr;  // [out_dim, n_groups] of scale_dtype
   DType scale_dtype = DType::kF32;
-  const void* zero_points = nullptr;           // int32 [ceil(out_dim / values_per_word), n_groups], or null
+  const void* zero_points = nullptr;  // int32 [ceil(out_dim / values_per_word), n_groups], or null
 
   std::int64_t n_groups() const { return (in_dim + group_size - 1) / group_size; }
 };

@@ -11,7 +11,8 @@ std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vo
   const std::size_t n = request.sequences.size();
   if (n == 0 || request.counts.size() != n || request.outputs.size() != n) {
     fail(ErrorCode::kInvalidRequest, "[step] got ", n, " sequences, ", request.counts.size(),
-         " counts and ", request.outputs.size(), " outputs, expected the same number, at least one.");
+         " counts and ", request.outputs.size(),
+         " outputs, expected the same number, at least one.");
   }
   std::vector<StepEntry> entries;
   std::set<std::int64_t> seen;
@@ -26,8 +27,8 @@ std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vo
       fail(ErrorCode::kInvalidRequest, "[step] sequence ", request.sequences[i],
            " is in the step twice.");
     }
-    entries.push_back({request.sequences[i], request.outputs[i], request.tokens.subspan(first, count),
-                       i, nullptr});
+    entries.push_back({request.sequences[i], request.outputs[i],
+                       request.tokens.subspan(first, count), i, nullptr});
     first += count;
   }
   if (first != request.tokens.size()) {

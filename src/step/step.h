@@ -1,5 +1,5 @@
-// From a batch to logits and sampled tokens: cuts a step at chunk boundaries, plans its KV pages, runs
-// the model, and samples the rows that asked for it.
+// From a batch to logits and sampled tokens: cuts a step at chunk boundaries, plans its KV pages,
+// runs the model, and samples the rows that asked for it.
 #pragma once
 
 #include <map>
@@ -17,8 +17,8 @@ class StepRunner {
  public:
   StepRunner(const ModelConfig& config, Llama4& model) : config_(config), model_(model) {}
 
-  // Runs `entries` to the end, advancing `cache` and the sequences' samplers. Throws kCapacity before
-  // anything changes when the pages do not fit.
+  // Runs `entries` to the end, advancing `cache` and the sequences' samplers. Throws kCapacity
+  // before anything changes when the pages do not fit.
   StepResult run(std::vector<StepEntry> entries, KvCache& cache,
                  std::map<std::int64_t, Sampler>& samplers);
 
@@ -26,10 +26,10 @@ class StepRunner {
   // The part of a step in which no sequence crosses a chunk boundary, so that each holds the local
   // pages of one chunk only.
   struct Wave {
-    std::vector<SequenceSlice> slices;   // [entries still running]
-    std::vector<std::int32_t> tokens;    // [n_tokens]
-    std::vector<std::int32_t> rows;      // of `tokens`, whose logits are wanted
-    std::vector<float> query_scale;      // [n_tokens]
+    std::vector<SequenceSlice> slices;  // [entries still running]
+    std::vector<std::int32_t> tokens;   // [n_tokens]
+    std::vector<std::int32_t> rows;     // of `tokens`, whose logits are wanted
+    std::vector<float> query_scale;     // [n_tokens]
   };
   Wave next_wave(std::span<const StepEntry> entries, const KvCache& cache) const;
   void run_wave(Wave wave, KvCache& cache);
