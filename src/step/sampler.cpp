@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <ranges>
 #include <string_view>
 #include <utility>
 
@@ -67,13 +66,13 @@ double log_sum_exp(std::span<const float> logits) {
 
 // The n most likely tokens of the model itself.
 std::vector<TokenLogprob> most_likely(std::span<const float> logits, double normaliser, int n) {
-  std::vector<TokenLogprob> top(std::min(logits.size(), static_cast<std::size_t>(n)));
-  const auto entry_of = [&](std::size_t i) {
-    return TokenLogprob{static_cast<std::int32_t>(i), logits[i]};
-  };
-  std::ranges::partial_sort_copy(
-      std::views::iota(std::size_t{0}, logits.size()) | std::views::transform(entry_of), top,
-      ranks_before);
+  const std::size_t n_top = std::min(logits.size(), static_cast<std::size_t>(n));
+  if (n_top == 0) return {};
+  std::vector<TokenLogprob> top(logits.size());
+  for (std::size_t i = 0; i < top.size(); ++i) top[i] = {static_cast<std::int32_t>(i), logits[i]};
+  std::partial_sort(top.begin(), top.begin() + static_cast<std::ptrdiff_t>(n_top), top.end(),
+                    ranks_before);
+  top.resize(n_top);
   for (TokenLogprob& entry : top) entry.logprob = static_cast<float>(entry.logprob - normaliser);
   return top;
 }
