@@ -158,19 +158,20 @@ def _load_weights(
     with tqdm(
         total=config.n_layers + 2, desc="loading", unit="layer", disable=not progress, leave=False
     ) as bar:
+        # The two largest matrices first: each is in memory twice for a moment.
         embedding = embedding_source(checkpoint)
         releaser.expect([embedding])
         core.load_embedding(embedding)
+        bar.update()
+        head = head_source(checkpoint)
+        releaser.expect([head] if head else [])
+        core.load_head(final_norm_source(checkpoint), head)
         bar.update()
         for layer in range(config.n_layers):
             sources = layer_sources(checkpoint, layer)
             releaser.expect(sources.linears())
             core.load_layer(sources)
             bar.update()
-        head = head_source(checkpoint)
-        releaser.expect([head] if head else [])
-        core.load_head(final_norm_source(checkpoint), head)
-        bar.update()
 
 
 def show_bytes(n_bytes: int) -> str:

@@ -79,7 +79,7 @@ Buffer Weights::upload_norm(std::span<const float> values, const char* name) {
   }
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (std::isfinite(values[i])) continue;
-    fail(ErrorCode::kCheckpoint, "[weights] ", name, " of layer ", layers_.size(),
+    fail(ErrorCode::kCheckpoint, "[weights] ", name, " after ", layers_.size(), " layers",
          " holds a value that is not finite at ", i, ". The file is damaged; download it again.");
   }
   bytes_ += values.size_bytes();
