@@ -155,7 +155,8 @@ class EngineLoop:
             thread = self._thread
         # The garbage collector may call this from the very thread that is to end.
         if thread is not None and threading.current_thread().name != self._name:
-            thread.join()
+            if thread.is_alive():  # not if Ctrl-C came before it started
+                thread.join()
             with self._is_worked:
                 pass
 

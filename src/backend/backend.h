@@ -72,7 +72,7 @@ struct StepPlan {
 struct AttentionLayer {
   bool local = false;          // KvPlan local, else global
   bool rotate = false;         // RoPE on interleaved pairs (2i, 2i+1) by the plan's rotation
-  bool qk_norm = false;        // after RoPE: weightless RMS norm per head (LLAMA4.md, step 4)
+  bool qk_norm = false;        // after RoPE: weightless RMS norm of each q and k head
   bool scale_queries = false;  // multiply q by StepPlan::query_scale (NoPE temperature)
   std::int64_t kv_layer = 0;   // index among the layers of its kind
   std::int64_t n_heads = 0;

@@ -119,7 +119,7 @@ void write_head(const StoreTask& task, std::int64_t kv_head, const float* k, con
   }
 }
 
-// Order of steps: LLAMA4.md, "One layer, exactly", 3 to 5.
+// Source of the order of steps: transformers modeling_llama4.py, Llama4TextAttention.
 void store_kv(const StoreTask& task) {
   const AttentionLayer& layer = *task.layer;
   const std::int64_t head_dim = task.pages->head_dim;

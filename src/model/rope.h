@@ -13,7 +13,7 @@ namespace camelid {
 // Radians per token of each pair (2i, 2i + 1): theta^(-2i / head_dim), scaled by the llama3 rule.
 // Wavelengths below original / high_freq_factor are kept, above original / low_freq_factor divided
 // by `factor`, between them blended; with equal factors there is no between, and no division by
-// zero. Source: transformers modeling_rope_utils.py; LLAMA4.md, step 3.
+// zero. Source: transformers modeling_rope_utils.py, llama3.
 std::vector<double> rope_frequencies(const ModelConfig& config);
 
 // Where a position stands in its chunk; without chunks (chunk 0) in the sequence.

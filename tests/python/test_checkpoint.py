@@ -447,7 +447,7 @@ def test_config_that_promises_endless_tensors_ends_soon(tmp_path: Path) -> None:
         account(checkpoint)
 
 
-# The released models, from ECOSYSTEM.md section 1.1: tensors and parameters counted on the
+# The released models: tensors and parameters of transformers' modules, counted on the
 # reference implementation.
 RELEASED_VISION = {
     "hidden_size": 1408, "num_hidden_layers": 34, "num_attention_heads": 16,
