@@ -133,12 +133,19 @@ class EngineLoop:
             self._cancel_active = True
             self._wake.notify()
 
-    def wait(self, events: queue.SimpleQueue[Delta | Error]) -> Delta | Error:
-        """Return the next of a request's events; Ctrl-C gets through while waiting."""
+    def wait(
+        self, events: queue.SimpleQueue[Delta | Error], look: Callable[[], object] | None = None
+    ) -> Delta | Error:
+        """Return the next of a request's events; Ctrl-C gets through while waiting.
+
+        Meanwhile `look` is called now and then.
+        """
         while True:
             try:
                 return events.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
+                if look is not None:
+                    look()
                 self._check_process()
                 if not self._is_alive() and events.empty():
                     raise InternalError(

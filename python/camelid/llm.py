@@ -185,18 +185,25 @@ class LLM:
                 bar.update()
         return [answer.completion() for answer in answers]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, progress: bool = False
+    ) -> Iterator[Delta]:
         """Continue a prompt and yield the answer as it grows.
 
         The request starts with the first `next()`; closing the iterator cancels it. The texts
         joined equal what `generate` returns.
+
+        Args:
+            prompt: As for `generate`.
+            params: How to sample.
+            progress: Show a bar on stderr while a long prompt is read.
 
         Raises:
             InvalidRequest: At once, if the prompt or a parameter cannot be served.
         """
         (wanted,) = _params_for(params, 1)
         ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
-        return self._stream(ids, wanted.resolve())
+        return self._stream(ids, wanted.resolve(), progress)
 
     def chat(
         self,
@@ -232,9 +239,10 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
     ) -> Iterator[Delta]:
         """Answer a conversation as `chat` does, and yield the answer as `stream` does."""
-        return self._stream(*self._chat_prompt(messages, params, tools))
+        return self._stream(*self._chat_prompt(messages, params, tools), progress)
 
     def logits(
         self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, images: Any = None
@@ -284,16 +292,19 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _stream(self, ids: NDArray[np.int32], params: ResolvedSampling) -> Iterator[Delta]:
+    def _stream(
+        self, ids: NDArray[np.int32], params: ResolvedSampling, progress: bool
+    ) -> Iterator[Delta]:
         events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
-        return self._deltas(self._generate_request(ids, params, events.put), events)
+        return self._deltas(self._generate_request(ids, params, events.put), events, progress)
 
     def _deltas(
-        self, request: Request, events: queue.SimpleQueue[Delta | Error]
+        self, request: Request, events: queue.SimpleQueue[Delta | Error], progress: bool
     ) -> Iterator[Delta]:
-        with self._running([request]):
+        with self._running([request]), _prefill_bar(len(request.prompt), progress) as bar:
             while True:
-                event = self._loop.wait(events)
+                event = self._loop.wait(events, lambda: bar.update(request.n_run - bar.n))
+                bar.close()  # the first event ends the prefill
                 if isinstance(event, Error):
                     raise event
                 yield event
@@ -420,6 +431,15 @@ def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
             "for fewer at once."
         )
     return np.empty((n_tokens, vocab_size), np.float32)
+
+
+def _prefill_bar(n_tokens: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    # Only prompts that take seconds are worth a bar.
+    return tqdm(
+        total=n_tokens, desc="prefill", unit="tok", leave=False, delay=1, disable=not progress
+    )
 
 
 def _bar(total: int, progress: bool) -> Any:

@@ -532,3 +532,20 @@ def test_a_forked_child_is_refused_and_exits(folder: Path) -> None:
         """,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "child\nTrue\n", "")
+
+
+def test_a_long_prefill_shows_a_bar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(folder, device="cpu", threads=1) as llm:
+        looks: list[object] = []
+        wait = llm._loop.wait
+
+        def slow(events: Any, look: Any = None) -> Any:
+            look()  # as after half a second without an event
+            looks.append(look)
+            return wait(events, look)
+
+        llm._loop.wait = slow  # type: ignore[method-assign]
+        with_bar = "".join(d.text for d in llm.stream([1] * 600, greedy(4), progress=True))
+        assert looks
+        assert "".join(d.text for d in llm.stream([1] * 600, greedy(4))) == with_bar
+    assert capsys.readouterr().out == ""

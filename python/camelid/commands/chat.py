@@ -19,6 +19,7 @@ from camelid.commands.common import (
     load_model,
     paint,
     sampling_params,
+    shows_progress,
 )
 from camelid.errors import Error, InvalidRequest
 
@@ -115,7 +116,9 @@ class Conversation:
         messages = [*self._messages, {"role": "user", "content": message}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         printer = Printer()
-        printer.print(self._llm.stream_chat([*system, *messages], self._params))
+        printer.print(
+            self._llm.stream_chat([*system, *messages], self._params, progress=shows_progress())
+        )
         if sys.stderr.isatty():
             print(paint(printer.speeds(), "2"), file=sys.stderr)
         # What was said so far stays said, even where Ctrl-C cut it short.

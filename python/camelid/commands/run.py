@@ -16,6 +16,7 @@ from camelid.commands.common import (
     add_sampling_flags,
     load_model,
     sampling_params,
+    shows_progress,
 )
 from camelid.errors import InvalidRequest
 
@@ -72,8 +73,8 @@ def _deltas(
     llm: LLM, prompt: str, params: SamplingParams, options: argparse.Namespace, *, chat: bool
 ) -> Iterator[Delta]:
     if chat:
-        return llm.stream_chat(_messages(prompt, options.system), params)
-    return llm.stream(prompt, params)
+        return llm.stream_chat(_messages(prompt, options.system), params, progress=shows_progress())
+    return llm.stream(prompt, params, progress=shows_progress())
 
 
 def _print_json(
