@@ -303,7 +303,7 @@ class LLM:
     ) -> Iterator[Delta]:
         with self._running([request]), _prefill_bar(len(request.prompt), progress) as bar:
             while True:
-                event = self._loop.wait(events, lambda: bar.update(request.n_run - bar.n))
+                event = self._loop.wait(events, lambda: _show(bar, request.n_run))
                 bar.close()  # the first event ends the prefill
                 if isinstance(event, Error):
                     raise event
@@ -433,10 +433,15 @@ def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
     return np.empty((n_tokens, vocab_size), np.float32)
 
 
+def _show(bar: Any, n: int) -> None:
+    bar.n = n
+    bar.refresh()
+
+
 def _prefill_bar(n_tokens: int, progress: bool) -> Any:
     from tqdm import tqdm
 
-    # Only prompts that take seconds are worth a bar.
+    # Nothing to see at first: a bar appears when somebody has waited.
     return tqdm(
         total=n_tokens, desc="prefill", unit="tok", leave=False, delay=1, disable=not progress
     )
