@@ -47,7 +47,8 @@ struct KvState {
 
 class Ops {
  public:
-  Ops(const std::string& isa, int threads) : backend_(make_cpu_backend({"cpu", threads}, isa)) {}
+  Ops(const std::string& isa, int threads, bool int8_activations)
+      : backend_(make_cpu_backend({"cpu", threads, int8_activations}, isa)) {}
 
   std::string describe() const { return backend_->describe(); }
 
@@ -230,7 +231,8 @@ void bind_testing(py::module_& m) {
   py::class_<Mlp>(m, "Mlp");
   py::class_<Experts>(m, "Experts");
   py::class_<Ops>(m, "Ops")
-      .def(py::init<const std::string&, int>(), py::arg("isa") = "", py::arg("threads") = 1)
+      .def(py::init<const std::string&, int, bool>(), py::arg("isa") = "", py::arg("threads") = 1,
+           py::arg("int8_activations") = false)
       .def("describe", &Ops::describe)
       .def("pack", &Ops::pack, py::arg("stack"), py::arg("format"), py::arg("group_size") = 0)
       .def("matmul", &Ops::matmul, py::arg("y").noconvert(), py::arg("x").noconvert(), py::arg("w"),

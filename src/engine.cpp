@@ -10,7 +10,7 @@ Engine::Engine(ModelConfig config, const EngineOptions& options)
     : config_((config.check(), std::move(config))),
       options_(options),
       backend_(make_backend(options.backend)),
-      weights_(*backend_, config_, options.weights, options.on_packed),
+      weights_(*backend_, config_, {options.weights, options.int8_head}, options.on_packed),
       model_(*backend_, config_, weights_),
       runner_(config_, model_) {
   if (options_.page_size < 16 || options_.page_size % 16 != 0) {

@@ -23,6 +23,7 @@ namespace camelid {
 struct EngineOptions {
   BackendOptions backend;
   WeightChoice weights = WeightChoice::kAsStored;
+  bool int8_head = false;  // hold a plain output head as int8
   OnPacked on_packed;
   KvType kv_cache = KvType::kF32;
   std::int64_t page_size = 64;   // tokens

@@ -31,8 +31,8 @@ const PackedMatrix& packed(const Matrix& matrix) {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const Kernels& kernels, int n_threads)
-      : work_(kernels, n_threads), feed_forward_(work_) {}
+  CpuBackend(const Kernels& kernels, int n_threads, bool int8_activations)
+      : work_(kernels, n_threads, int8_activations), feed_forward_(work_) {}
 
   std::string describe() const override {
     const int n = work_.pool.n_threads();
@@ -106,8 +106,12 @@ void CpuBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
 }
 
 void CpuBackend::multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate) {
-  const Product product{&packed(w),   row_of(x, 0), x.n_rows,  x.row_stride,
-                        row_of(y, 0), y.row_stride, accumulate};
+  const Product product{.w = &packed(w),
+                        .x = {row_of(x, 0), x.n_rows, x.row_stride},
+                        .n_rows = x.n_rows,
+                        .y = row_of(y, 0),
+                        .y_stride = y.row_stride,
+                        .accumulate = accumulate};
   work_.multiply({&product, 1});
 }
 
@@ -190,7 +194,7 @@ std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options, std::st
     fail(ErrorCode::kInvalidRequest, "[cpu] threads is ", options.threads,
          ", expected 0 (choose) to ", kMostThreads, ".");
   }
-  return std::make_unique<cpu::CpuBackend>(kernels, n_threads);
+  return std::make_unique<cpu::CpuBackend>(kernels, n_threads, options.int8_activations);
 }
 
 }  // namespace camelid

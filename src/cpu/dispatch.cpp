@@ -26,39 +26,60 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512vnni() { return false; }
 #endif
 
+// Best first. Each table begins as the one its `base` names.
 struct Choice {
   std::string_view name;
-  const Kernels* (*table)();
+  std::string_view base;
+  bool (*add)(Kernels& table);
   bool (*runs_here)();
 };
-
-// Best first.
 constexpr Choice kTables[] = {
-    {"avx512", avx512_kernels, has_avx512},
-    {"avx2", avx2_kernels, has_avx2},
-    {"scalar", [] { return &scalar_kernels(); }, [] { return true; }},
+    {"avx512vnni", "avx512", add_avx512vnni_kernels, has_avx512vnni},
+    {"avx512", "", add_avx512_kernels, has_avx512},
+    {"avx2", "", add_avx2_kernels, has_avx2},
+    {"scalar", "", add_scalar_kernels, [] { return true; }},
 };
 
-bool usable(const Choice& choice) { return choice.table() != nullptr && choice.runs_here(); }
+bool fill(std::string_view name, Kernels& table) {
+  for (const Choice& choice : kTables) {
+    if (choice.name != name) continue;
+    return choice.runs_here() && (choice.base.empty() || fill(choice.base, table)) &&
+           choice.add(table);
+  }
+  return false;
+}
+
+// The tables this machine can run, best first.
+const std::vector<Kernels>& usable_tables() {
+  static const std::vector<Kernels> tables = [] {
+    std::vector<Kernels> all;
+    for (const Choice& choice : kTables) {
+      Kernels table{};
+      if (fill(choice.name, table)) all.push_back(table);
+    }
+    return all;
+  }();
+  return tables;
+}
 
 }  // namespace
 
 std::vector<std::string_view> supported_isas() {
   std::vector<std::string_view> names;
-  for (const Choice& choice : kTables) {
-    if (usable(choice)) names.push_back(choice.name);
-  }
+  for (const Kernels& table : usable_tables()) names.emplace_back(table.name);
   return names;
 }
 
 const Kernels& kernels_by_name(std::string_view name) {
-  for (const Choice& choice : kTables) {
-    if (choice.name == name && usable(choice)) return *choice.table();
+  for (const Kernels& table : usable_tables()) {
+    if (table.name == name) return table;
   }
   std::string usable_names;
   for (const std::string_view isa : supported_isas()) {

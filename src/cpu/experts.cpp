@@ -1,5 +1,6 @@
-// Routed experts as one list of matrix products: counting sort by expert, gather the scaled rows,
-// gate and up of everyone, SiLU, down of everyone, then each token adds what is its own.
+// Routed experts as one list of matrix products: counting sort by expert, gate and up of everyone,
+// SiLU, down of everyone, then each token adds what is its own. The router's factor on an expert's
+// input is applied after gate and up, which are linear: all experts read the same rows.
 #include "cpu/experts.h"
 
 #include <algorithm>
@@ -19,8 +20,9 @@ const float* row_of(Tensor x, std::int64_t row) {
 }  // namespace
 
 void FeedForward::mlp(Tensor y, Tensor x, const Mlp& w) {
-  groups_.assign(1, {&w, row_of(x, 0), x.n_rows, x.row_stride, 0});
-  run_groups(y.dim);
+  groups_.assign(1, {&w, nullptr, x.n_rows, 0});
+  factors_.assign(static_cast<std::size_t>(x.n_rows), 1.0f);
+  run_groups(x, y.dim);
   add_outputs(y, true, 0);
 }
 
@@ -28,19 +30,23 @@ void FeedForward::experts(Tensor y, Tensor x, const Experts& w) {
   const auto n_experts = static_cast<std::int64_t>(w.routed.size());
   route(x, w);
   sort_visits(n_experts);
-  const float* gathered = gather(x);
   groups_.clear();
+  factors_.clear();
   const bool has_shared = w.shared.down != nullptr;
-  if (has_shared) groups_.push_back({&w.shared, row_of(x, 0), x.n_rows, x.row_stride, 0});
-  const std::int64_t n_shared = has_shared ? x.n_rows : 0;
+  if (has_shared) {
+    groups_.push_back({&w.shared, nullptr, x.n_rows, 0});
+    factors_.assign(static_cast<std::size_t>(x.n_rows), 1.0f);
+  }
+  const auto n_shared = static_cast<std::int64_t>(factors_.size());
+  for (const Visit& visit : sorted_) factors_.push_back(visit.score);
   for (std::int64_t e = 0; e < n_experts; ++e) {
     const std::int64_t first = first_of_expert_[static_cast<std::size_t>(e)];
     const std::int64_t n = first_of_expert_[static_cast<std::size_t>(e + 1)] - first;
     if (n == 0) continue;
-    groups_.push_back({&w.routed[static_cast<std::size_t>(e)], gathered + first * x.dim, n, x.dim,
-                       n_shared + first});
+    groups_.push_back(
+        {&w.routed[static_cast<std::size_t>(e)], tokens_.data() + first, n, n_shared + first});
   }
-  run_groups(y.dim);
+  run_groups(x, y.dim);
   add_outputs(y, has_shared, w.top_k);
 }
 
@@ -48,7 +54,11 @@ void FeedForward::route(Tensor x, const Experts& w) {
   const PackedMatrix& router = packed(w.router);
   const std::int64_t n_experts = router.out_dim;
   float* logits = logits_.at_least(static_cast<std::size_t>(x.n_rows * n_experts));
-  const Product product{&router, row_of(x, 0), x.n_rows, x.row_stride, logits, n_experts, false};
+  const Product product{.w = &router,
+                        .x = {row_of(x, 0), x.n_rows, x.row_stride},
+                        .n_rows = x.n_rows,
+                        .y = logits,
+                        .y_stride = n_experts};
   work_.multiply({&product, 1});
   visits_.clear();
   for (std::int64_t t = 0; t < x.n_rows; ++t) {
@@ -83,51 +93,45 @@ void FeedForward::sort_visits(std::int64_t n_experts) {
   }
   next_of_expert_ = first_of_expert_;
   sorted_.resize(visits_.size());
+  tokens_.resize(visits_.size());
   row_of_visit_.resize(visits_.size());
   for (std::size_t i = 0; i < visits_.size(); ++i) {
     const std::int64_t row = next_of_expert_[static_cast<std::size_t>(visits_[i].expert)]++;
     sorted_[static_cast<std::size_t>(row)] = visits_[i];
     row_of_visit_[i] = static_cast<std::int32_t>(row);
+    tokens_[static_cast<std::size_t>(row)] = visits_[i].token;
   }
-}
-
-const float* FeedForward::gather(Tensor x) {
-  float* gathered = gathered_.at_least(sorted_.size() * static_cast<std::size_t>(x.dim));
-  work_.pool.parallel_for(static_cast<std::int64_t>(sorted_.size()), [&](std::int64_t i, int) {
-    const Visit& visit = sorted_[static_cast<std::size_t>(i)];
-    const float* from = row_of(x, visit.token);
-    float* to = gathered + i * x.dim;
-    for (std::int64_t c = 0; c < x.dim; ++c) to[c] = visit.score * from[c];
-  });
-  return gathered;
 }
 
 // Writes down(silu(gate x) * up x) of every group's rows to out_.
-void FeedForward::run_groups(std::int64_t dim) {
-  std::size_t rows = 0;
-  std::size_t widest = 0;
-  for (const Group& g : groups_) {
-    rows += static_cast<std::size_t>(g.n_rows);
-    widest = std::max(widest, static_cast<std::size_t>(g.mlp->down->in_dim));
-  }
-  float* hidden = hidden_.at_least(rows * 2 * widest);
-  float* act = act_.at_least(rows * widest);
-  float* out = out_.at_least(rows * static_cast<std::size_t>(dim));
-  const auto stride = static_cast<std::int64_t>(widest);
+void FeedForward::run_groups(Tensor x, std::int64_t dim) {
+  const auto n_rows = static_cast<std::int64_t>(factors_.size());
+  const std::int64_t ffn_dim =
+      groups_.front().mlp->down->in_dim;  // shared and routed have one size
+  float* hidden = hidden_.at_least(static_cast<std::size_t>(n_rows * 2 * ffn_dim));
+  float* act = act_.at_least(static_cast<std::size_t>(n_rows * ffn_dim));
+  float* out = out_.at_least(static_cast<std::size_t>(n_rows * dim));
+  const Rows input{row_of(x, 0), x.n_rows, x.row_stride};
   products_.clear();
   for (const Group& g : groups_) {
-    products_.push_back({&packed(g.mlp->gate_up), g.x, g.n_rows, g.x_stride,
-                         hidden + g.first_row * 2 * stride, 2 * g.mlp->down->in_dim, false});
+    products_.push_back({.w = &packed(g.mlp->gate_up),
+                         .x = input,
+                         .rows = g.rows,
+                         .n_rows = g.n_rows,
+                         .y = hidden + g.first_row * 2 * ffn_dim,
+                         .y_stride = 2 * ffn_dim});
   }
   work_.multiply(products_);
-  for (const Group& g : groups_) {
-    work_.activate(act + g.first_row * stride, hidden + g.first_row * 2 * stride, g.n_rows,
-                   g.mlp->down->in_dim);
-  }
+  work_.activate(act, hidden, factors_.data(), n_rows, ffn_dim);
   products_.clear();
+  const Rows acts{act, n_rows, ffn_dim};
   for (const Group& g : groups_) {
-    products_.push_back({&packed(g.mlp->down), act + g.first_row * stride, g.n_rows,
-                         g.mlp->down->in_dim, out + g.first_row * dim, dim, false});
+    products_.push_back({.w = &packed(g.mlp->down),
+                         .x = acts,
+                         .first_row = g.first_row,
+                         .n_rows = g.n_rows,
+                         .y = out + g.first_row * dim,
+                         .y_stride = dim});
   }
   work_.multiply(products_);
 }

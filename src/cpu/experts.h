@@ -26,20 +26,18 @@ class FeedForward {
     std::int32_t token = 0;
     float score = 0.0f;
   };
-  // Rows [first_row, first_row + n_rows) of the gathered inputs belong to one MLP.
+  // The rows of x that one MLP takes; their results are rows first_row.. of hidden_, act_ and out_.
   struct Group {
     const Mlp* mlp;
-    const float* x;
+    const std::int32_t* rows;  // null: all, in order
     std::int64_t n_rows;
-    std::int64_t x_stride;
-    std::int64_t first_row;  // in hidden_, act_ and out_
+    std::int64_t first_row;
   };
 
   void route(Tensor x, const Experts& w);
   void choose(const float* logits, std::int64_t n_experts, std::int64_t top_k, std::int32_t token);
   void sort_visits(std::int64_t n_experts);
-  const float* gather(Tensor x);
-  void run_groups(std::int64_t dim);
+  void run_groups(Tensor x, std::int64_t dim);
   void add_outputs(Tensor y, bool has_shared, std::int64_t top_k);
 
   Workspace& work_;
@@ -50,7 +48,9 @@ class FeedForward {
   std::vector<std::int64_t> next_of_expert_;
   std::vector<Group> groups_;
   std::vector<Product> products_;
-  GrowingFloats logits_, gathered_, hidden_, act_, out_;
+  std::vector<std::int32_t> tokens_;  // of sorted_
+  std::vector<float> factors_;        // of each result row: the router's, 1 for the shared
+  GrowingFloats logits_, hidden_, act_, out_;
 };
 
 }  // namespace camelid::cpu

@@ -15,39 +15,29 @@ namespace {
 
 #include "cpu/simd_avx2.h"
 
+constexpr const char* kTableName = "avx2";
 // 12 of 16 registers accumulate (two to a vector), 2 hold weights, 1 an input.
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 1;
 
-// Each builds on those before it, so blank lines keep them from being sorted.
-#include "cpu/matmul.inl"
+constexpr int kIntegerRows = 3;
+constexpr int kIntegerPanels = 1;
 
-#include "cpu/rows.inl"
-
-#include "cpu/attention.inl"
-
-constexpr Kernels kTable = {
-    .name = "avx2",
-    .matmul_scratch_floats = matmul_scratch_floats,
-    .matmul = matmul,
-    .unpack_row = unpack_row,
-    .norm_row = norm_row,
-    .silu_mul_row = silu_mul_row,
-    .store_kv = store_kv,
-    .attend_scratch_floats = attend_scratch_floats,
-    .attend = attend,
-};
+#include "cpu/table.inl"
 
 }  // namespace
 
-const Kernels* avx2_kernels() { return &kTable; }
+bool add_avx2_kernels(Kernels& table) {
+  table = kTable;
+  return true;
+}
 
 }  // namespace camelid::cpu
 
 #else
 
 namespace camelid::cpu {
-const Kernels* avx2_kernels() { return nullptr; }
+bool add_avx2_kernels(Kernels&) { return false; }
 }  // namespace camelid::cpu
 
 #endif

@@ -21,39 +21,29 @@ namespace {
 
 #include "cpu/simd_avx512.h"
 
+constexpr const char* kTableName = "avx512";
 // 24 of 32 registers accumulate, 4 hold weights, 1 an input.
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 4;
 
-// Each builds on those before it, so blank lines keep them from being sorted.
-#include "cpu/matmul.inl"
+constexpr int kIntegerRows = 6;
+constexpr int kIntegerPanels = 4;
 
-#include "cpu/rows.inl"
-
-#include "cpu/attention.inl"
-
-constexpr Kernels kTable = {
-    .name = "avx512",
-    .matmul_scratch_floats = matmul_scratch_floats,
-    .matmul = matmul,
-    .unpack_row = unpack_row,
-    .norm_row = norm_row,
-    .silu_mul_row = silu_mul_row,
-    .store_kv = store_kv,
-    .attend_scratch_floats = attend_scratch_floats,
-    .attend = attend,
-};
+#include "cpu/table.inl"
 
 }  // namespace
 
-const Kernels* avx512_kernels() { return &kTable; }
+bool add_avx512_kernels(Kernels& table) {
+  table = kTable;
+  return true;
+}
 
 }  // namespace camelid::cpu
 
 #else
 
 namespace camelid::cpu {
-const Kernels* avx512_kernels() { return nullptr; }
+bool add_avx512_kernels(Kernels&) { return false; }
 }  // namespace camelid::cpu
 
 #endif

@@ -11,31 +11,21 @@ namespace {
 
 #include "cpu/simd_scalar.h"
 
+constexpr const char* kTableName = "scalar";
 // Half of what 16 SSE registers hold; four to a vector, so larger tiles spill.
 constexpr int kTileRows = 2;
 constexpr int kTilePanels = 1;
 
-// Each builds on those before it, so blank lines keep them from being sorted.
-#include "cpu/matmul.inl"
+constexpr int kIntegerRows = 2;
+constexpr int kIntegerPanels = 1;
 
-#include "cpu/rows.inl"
-
-#include "cpu/attention.inl"
-
-constexpr Kernels kTable = {
-    .name = "scalar",
-    .matmul_scratch_floats = matmul_scratch_floats,
-    .matmul = matmul,
-    .unpack_row = unpack_row,
-    .norm_row = norm_row,
-    .silu_mul_row = silu_mul_row,
-    .store_kv = store_kv,
-    .attend_scratch_floats = attend_scratch_floats,
-    .attend = attend,
-};
+#include "cpu/table.inl"
 
 }  // namespace
 
-const Kernels& scalar_kernels() { return kTable; }
+bool add_scalar_kernels(Kernels& table) {
+  table = kTable;
+  return true;
+}
 
 }  // namespace camelid::cpu

@@ -13,14 +13,29 @@
 
 namespace camelid::cpu {
 
-// y[r][first_out + o] (+)= sum_i x[r][i] * w[o][i], for the outputs of panels [first, last) of `w`.
-// x: f32 [n_rows, x_stride], y: f32 [n_rows, y_stride]. scratch: matmul_scratch_floats() of this
-// segment and row count. For a given row and output the result is bit-identical for every n_rows.
+// Rows of activations as int8, a scale for each block of inputs: the value of input i of row r is
+// values[r * stride + i] * scales[r * n_blocks + i / block].
+struct Int8Rows {
+  const std::int8_t* values = nullptr;  // zeros from in_dim to stride, a multiple of 64
+  const float* scales = nullptr;
+  const std::int32_t* sums = nullptr;  // of each block's values
+  std::int64_t stride = 0;
+  std::int64_t block = 0;  // the whole group of every scale of the weights, or a part of one
+  std::int64_t n_blocks = 0;
+};
+
+// y[r][first_out + o] (+)= sum_i x[rows[r]][i] * w[o][i], for the outputs of panels [first, last)
+// of `w`. x: f32 rows x_stride apart, or int8; y: f32 [n_rows, y_stride]. scratch:
+// matmul_scratch_floats() of this segment and row count. For a given row and output the result is
+// bit-identical for every n_rows.
 struct MatmulTask {
   const Segment* w = nullptr;
-  const float* x = nullptr;
-  std::int64_t n_rows = 0;
+  const float* x = nullptr;  // of matmul
   std::int64_t x_stride = 0;
+  const Int8Rows* x8 = nullptr;        // of matmul_int8
+  const std::int32_t* rows = nullptr;  // null: r + first_row
+  std::int64_t first_row = 0;
+  std::int64_t n_rows = 0;
   float* y = nullptr;
   std::int64_t y_stride = 0;
   bool accumulate = false;
@@ -59,12 +74,18 @@ struct Kernels {
   std::size_t (*matmul_scratch_floats)(const Segment& w, std::int64_t n_rows);
   void (*matmul)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel,
                  float* scratch);
+  // The same with int8 activations, for scaled formats: the integer sums of a block are exact.
+  void (*matmul_int8)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel);
+  // values[i] = round(x[i] / scale), scale = max |x| / 127 of each block of x[n]; n is padded with
+  // zeros to a multiple of 64. A block that holds no finite numbers gets the scale NaN.
+  void (*quantize_row)(std::int8_t* values, float* scales, std::int32_t* sums, const float* x,
+                       std::int64_t n, std::int64_t block);
   // y[i] = one row of w as float32 [in_dim].
   void (*unpack_row)(float* y, const Segment& w, std::int64_t row);
   // y = cast(x * rsqrt(mean(x^2) + eps)) * gain over n values.
   void (*norm_row)(float* y, const float* x, const float* gain, std::int64_t n, float eps);
-  // y[i] = silu(gate[i]) * up[i].
-  void (*silu_mul_row)(float* y, const float* gate, const float* up, std::int64_t n);
+  // y[i] = silu(factor * gate[i]) * (factor * up[i]).
+  void (*silu_mul_row)(float* y, const float* gate, const float* up, float factor, std::int64_t n);
   void (*store_kv)(const StoreTask& task);
   std::size_t (*attend_scratch_floats)(const AttendTask& task);
   void (*attend)(const AttendTask& task, float* scratch);
@@ -78,9 +99,11 @@ const Kernels& kernels_by_name(std::string_view name);
 // The names this machine can run, best first.
 std::vector<std::string_view> supported_isas();
 
-const Kernels& scalar_kernels();
-const Kernels* avx2_kernels();  // null when not compiled for this architecture
-const Kernels* avx512_kernels();
+// Each sets the functions it has a better way for. False when not compiled for this architecture.
+bool add_scalar_kernels(Kernels& table);
+bool add_avx2_kernels(Kernels& table);
+bool add_avx512_kernels(Kernels& table);
+bool add_avx512vnni_kernels(Kernels& table);
 
 // Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major):
 //   [n_layers][n_kv_heads] { keys [head_dim][page_size], values [page_size][head_dim] }

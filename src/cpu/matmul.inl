@@ -1,5 +1,5 @@
 // Matrix products over packed panels (packed.h). Included by each isa_*.cpp inside its anonymous
-// namespace, after simd_*.h; that file also sets kTileRows x kTilePanels, the accumulators that fit
+// namespace after panels.inl; that file also sets kTileRows x kTilePanels, the accumulators that fit
 // its registers. Two ways to the same numbers:
 //   direct  few rows: words are unpacked in registers and used at once; bound by memory
 //   tiled   many rows: a block of inputs is unpacked to float scratch once, for all rows
@@ -7,64 +7,9 @@
 // do so per group with w = q - zero_point (exact) and then total = fma(scale, acc, total). That
 // order never depends on rows, panels or blocks, so neither do the bits of the result.
 
-constexpr int kLanes = 16;
 constexpr std::int64_t kDirectRows = 4 * kTileRows;  // up to here unpacking in registers wins
 constexpr std::int64_t kBlockInputs = 128;           // 128 inputs x 4 panels x 16 floats are 32 KiB
 constexpr std::int64_t kBlockRows = 192;  // a multiple of kTileRows; partial sums stay in L2
-
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-template <WeightFormat F>
-struct Packing {
-  static constexpr int kBits = F == WeightFormat::kF32    ? 32
-                               : F == WeightFormat::kInt8 ? 8
-                               : F == WeightFormat::kInt4 ? 4
-                                                          : 16;
-  static constexpr int kPerWord = 32 / kBits;
-  static constexpr bool kScaled = kBits < 16;
-};
-
-inline const std::uint32_t* panel_words(const Segment& w, std::int64_t panel) {
-  return w.words + panel * w.n_words * kLanes;
-}
-
-inline Vec group_scale(const Segment& w, std::int64_t panel, std::int64_t group) {
-  const std::int64_t at = (panel * w.n_groups + group) * kLanes;
-  switch (w.scale_dtype) {
-    case DType::kBf16:
-      return Vec::load_bf16(static_cast<const std::uint16_t*>(w.scales) + at);
-    case DType::kF16:
-      return Vec::load_f16(static_cast<const std::uint16_t*>(w.scales) + at);
-    default:
-      return Vec::load(static_cast<const float*>(w.scales) + at);
-  }
-}
-
-// What to subtract from value<F>(), which already has 2^(bits-1) subtracted.
-template <WeightFormat F>
-inline Vec group_zero(const Segment& w, std::int64_t panel, std::int64_t group) {
-  const Vec half = Vec::set(static_cast<float>(1 << (Packing<F>::kBits - 1)));
-  return Vec::load_u8(w.zeros + (panel * w.n_groups + group) * kLanes) - half;
-}
-
-// Writes (or adds) the lanes of a finished dot product that are outputs.
-inline void finish(float* y, Vec dot, std::int64_t n_outputs, bool accumulate) {
-  const int n = static_cast<int>(least(n_outputs, kLanes));
-  if (accumulate) {
-    if (n == kLanes) {
-      dot = Vec::load(y) + dot;
-    } else {
-      float old[kLanes] = {};
-      for (int i = 0; i < n; ++i) old[i] = y[i];
-      dot = Vec::load(old) + dot;
-    }
-  }
-  if (n == kLanes) {
-    dot.store(y);
-  } else {
-    dot.store_first(y, n);
-  }
-}
 
 // ---- direct -------------------------------------------------------------------------------------
 
@@ -114,7 +59,7 @@ void direct_tile(const MatmulTask& task, std::int64_t row, std::int64_t panel) {
   const Segment& w = *task.w;
   DirectTile<R, P> t;
   Vec total[R][P];
-  for (int r = 0; r < R; ++r) t.x[r] = task.x + (row + r) * task.x_stride;
+  for (int r = 0; r < R; ++r) t.x[r] = task.x + source_row(task, row + r) * task.x_stride;
   for (int p = 0; p < P; ++p) t.words[p] = panel_words(w, panel + p);
   for (auto& of_row : total) {
     for (Vec& sum : of_row) sum = Vec::zero();
@@ -192,8 +137,7 @@ constexpr std::int64_t kScaleFloats = kWeightFloats / 4;
 
 // One run of inputs inside one group, for R rows and P panels.
 struct TileStep {
-  const float* x;
-  std::int64_t x_stride;
+  const float* x[kTileRows];
   const float* w;         // [n][16] for each panel
   std::int64_t w_stride;  // floats from one panel to the next
   std::int64_t n;         // inputs
@@ -214,13 +158,12 @@ void multiply_tile(const TileStep& s) {
       acc[r][p] = s.begins ? Vec::zero() : Vec::load(s.partial + r * kSumStride + p * kLanes);
     }
   }
-  const float* x = s.x;
   const float* w = s.w;
-  for (std::int64_t i = 0; i < s.n; ++i, ++x, w += kLanes) {
+  for (std::int64_t i = 0; i < s.n; ++i, w += kLanes) {
     Vec column[P];
     for (int p = 0; p < P; ++p) column[p] = Vec::load(w + p * s.w_stride);
     for (int r = 0; r < R; ++r) {
-      const Vec value = Vec::set(x[r * s.x_stride]);
+      const Vec value = Vec::set(s.x[r][i]);
       for (int p = 0; p < P; ++p) acc[r][p] = fma(value, column[p], acc[r][p]);
     }
   }
@@ -284,7 +227,6 @@ void multiply_block(const MatmulTask& task, std::int64_t panel, std::int64_t fir
   const std::int64_t group_size = Packing<F>::kScaled ? w.group_size : w.in_dim;
   const std::int64_t first_group = first / group_size;
   TileStep step{};
-  step.x_stride = task.x_stride;
   step.scale_stride = kScaleFloats / kTilePanels;
   step.w_stride = kWeightFloats / kTilePanels;
   const float* tile = weights;
@@ -310,7 +252,9 @@ void multiply_block(const MatmulTask& task, std::int64_t panel, std::int64_t fir
     for (std::int64_t i = first; i < last;) {
       const std::int64_t group = i / group_size;
       const std::int64_t end = least((group + 1) * group_size, last);
-      step.x = task.x + row * task.x_stride + i;
+      for (std::int64_t r = 0; r < least(kTileRows, task.n_rows - row); ++r) {
+        step.x[r] = task.x + source_row(task, row + r) * task.x_stride + i;
+      }
       step.w = tile + (i - first) * kLanes;
       step.n = end - i;
       step.begins = i == group * group_size;
@@ -358,7 +302,8 @@ void matmul_as(const MatmulTask& task, std::int64_t first, std::int64_t last, fl
   }
   for (std::int64_t row = 0; row < task.n_rows; row += kBlockRows) {
     MatmulTask block = task;
-    block.x += row * task.x_stride;
+    if (task.rows != nullptr) block.rows += row;
+    block.first_row += row;
     block.y += row * task.y_stride;
     block.n_rows = least(kBlockRows, task.n_rows - row);
     tiled_rows<F, kZeros>(block, first, last, scratch);

@@ -94,9 +94,19 @@ void bind(Job& job, std::byte* storage) {
   }
 }
 
+// Eight int4, lowest bits first, as packed.h wants them: each of the low four alone in a byte, the
+// high four above them.
+std::uint32_t spread_nibbles(std::uint32_t word) {
+  const auto to_bytes = [](std::uint32_t four) {
+    four = (four | four << 8) & 0x00ff00ffu;
+    return (four | four << 4) & 0x0f0f0f0fu;
+  };
+  return to_bytes(word & 0xffffu) | to_bytes(word >> 16) << 4;
+}
+
 // Words of rows side by side: out[w][lane] = rows[lane][w]; lanes past n_rows stay zero.
 void interleave_words(const std::byte* rows, std::int64_t n_rows, std::int64_t n_words,
-                      std::uint32_t* out) {
+                      WeightFormat format, std::uint32_t* out) {
   constexpr std::int64_t kBlock = 32;  // words of 16 rows: 2 KiB each way, well inside the cache
   for (std::int64_t block = 0; block < n_words; block += kBlock) {
     const std::int64_t end = std::min(block + kBlock, n_words);
@@ -105,6 +115,10 @@ void interleave_words(const std::byte* rows, std::int64_t n_rows, std::int64_t n
       for (std::int64_t w = block; w < end; ++w) {
         std::memcpy(out + w * kPanelRows + lane, row + w * 4, 4);
       }
+    }
+    if (format != WeightFormat::kInt4) continue;
+    for (std::int64_t i = block * kPanelRows; i < end * kPanelRows; ++i) {
+      out[i] = spread_nibbles(out[i]);
     }
   }
 }
@@ -135,7 +149,7 @@ void pack_verbatim(const Job& job, std::int64_t panel, std::int64_t first_row, s
   scratch.rows.resize(static_cast<std::size_t>(n_rows * groups));
   read_scales(source, first_row, n_rows, scratch.rows.data());  // refuses what is not finite
   interleave_words(static_cast<const std::byte*>(source.words) + first_row * s.n_words * 4, n_rows,
-                   s.n_words, job.words + panel * s.n_words * kPanelRows);
+                   s.n_words, s.format, job.words + panel * s.n_words * kPanelRows);
   const std::size_t bytes = dtype_bytes(s.scale_dtype);
   interleave_scales(static_cast<const std::byte*>(source.scales) +
                         static_cast<std::size_t>(first_row * groups) * bytes,
@@ -159,7 +173,7 @@ void pack_quantised(const Job& job, std::int64_t panel, const float* rows, std::
   quantize_rows(rows, n_rows, s.in_dim, format_info(s.format).bits, s.group_size,
                 scratch.words.data(), scratch.scales.data());
   interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
-                   job.words + panel * s.n_words * kPanelRows);
+                   s.format, job.words + panel * s.n_words * kPanelRows);
   interleave_scales(reinterpret_cast<const std::byte*>(scratch.scales.data()), n_rows, s.n_groups,
                     2, job.scales + panel * s.n_groups * kPanelRows * 2);
 }
@@ -194,7 +208,7 @@ void pack_plain(const Job& job, std::int64_t panel, const float* rows, std::int6
   const Segment& s = job.segment;
   std::uint32_t* out = job.words + panel * s.n_words * kPanelRows;
   if (s.format == WeightFormat::kF32) {
-    interleave_words(reinterpret_cast<const std::byte*>(rows), n_rows, s.n_words, out);
+    interleave_words(reinterpret_cast<const std::byte*>(rows), n_rows, s.n_words, s.format, out);
     return;
   }
   scratch.words.resize(static_cast<std::size_t>(n_rows * s.n_words));
@@ -208,7 +222,25 @@ void pack_plain(const Job& job, std::int64_t panel, const float* rows, std::int6
     }
   }
   interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
-                   out);
+                   s.format, out);
+}
+
+// The largest block of activations that never meets two scales of a weight row, up to 128 inputs:
+// int8 needs a scale of its own where the numbers around it are much larger. 0: activations stay
+// float, since a segment is plain, or two have different groups.
+std::int64_t activation_block(const std::vector<Segment>& segments) {
+  constexpr std::int64_t kBlock = 128;
+  // A block's products with bytes below 256 must not leave 32 bits.
+  constexpr std::int64_t kMostInputs = 1 << 15;
+  std::int64_t block = 0;
+  for (const Segment& s : segments) {
+    if (s.n_groups == 0) return 0;
+    const bool divides = s.n_groups == 1 || s.group_size % kBlock == 0;
+    const std::int64_t wanted = divides ? kBlock : s.group_size;
+    if (wanted > kMostInputs || (block != 0 && block != wanted)) return 0;
+    block = wanted;
+  }
+  return block;
 }
 
 void pack_panels(const Job& job, std::int64_t first_panel, Scratch& scratch) {
@@ -262,6 +294,7 @@ std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
       tasks.emplace_back(&job, p);
     }
   }
+  matrix->activation_block = activation_block(matrix->segments);
   std::vector<Scratch> scratch(static_cast<std::size_t>(pool.n_threads()));
   pool.parallel_for(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
     const auto& [job, panel] = tasks[static_cast<std::size_t>(i)];

@@ -1,7 +1,9 @@
 // The CPU's packed weight layout: panels of 16 output rows, a 32-bit word of each row side by side.
 //
 //   words   [n_panels][n_words][16]   lane r of a vector belongs to row panel * 16 + r and holds
-//                                     values_per_word consecutive inputs, lowest bits first
+//                                     values_per_word consecutive inputs, lowest bits first; of
+//                                     int4 the low halves of the bytes hold inputs 0-3, the high
+//                                     halves 4-7, so that a mask leaves four inputs as bytes
 //   scales  [n_panels][n_groups][16]  as stored (bf16, f16 or f32), null for plain formats
 //   zeros   [n_panels][n_groups][16]  uint8 zero points, offset-binary, or null: all 2^(bits-1)
 //
@@ -21,6 +23,9 @@
 namespace camelid::cpu {
 
 constexpr std::int64_t kPanelRows = 16;
+
+// Where input i of a word of eight int4 begins, in bits.
+static constexpr int int4_shift(int i) { return i % 4 * 8 + i / 4 * 4; }
 
 // One linear of a stack. Pointers are into the arena of the PackedMatrix that holds it.
 struct Segment {
@@ -42,6 +47,8 @@ class PackedMatrix final : public Matrix {
  public:
   std::vector<Segment> segments;
   Buffer storage;
+  // Inputs that share one scale when activations are int8; 0 where they must stay float.
+  std::int64_t activation_block = 0;
   std::int64_t n_panels() const {
     std::int64_t total = 0;
     for (const Segment& segment : segments) total += segment.n_panels;

@@ -1,4 +1,4 @@
-// What one row needs besides matrix products: exp, RMS norm, SiLU, and finishing a row of q, k, v
+// What one row needs besides matrix products: exp, RMS norm, SiLU, int8 activations, and finishing a row of q, k, v
 // (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of
 // each isa_*.cpp after its simd_*.h; must never know of threads, nor call an inline function of std
 // (the linker could keep the copy compiled for the wider instruction set).
@@ -68,16 +68,61 @@ inline Vec silu_mul(Vec gate, Vec up) {
   return gate / (Vec::set(1.0f) + exp(Vec::zero() - gate)) * up;
 }
 
-// y[i] = silu(gate[i]) * up[i]. y may be gate or up.
-void silu_mul_row(float* y, const float* gate, const float* up, std::int64_t n) {
+// y[i] = silu(factor * gate[i]) * (factor * up[i]): a router's factor on an expert's input, taken
+// through two linear maps. y may be gate or up.
+void silu_mul_row(float* y, const float* gate, const float* up, float factor, std::int64_t n) {
+  const Vec f = Vec::set(factor);
   std::int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    silu_mul(Vec::load(gate + i), Vec::load(up + i)).store(y + i);
+    silu_mul(Vec::load(gate + i) * f, Vec::load(up + i) * f).store(y + i);
   }
   if (i < n) {
-    silu_mul(load_first(gate + i, n - i), load_first(up + i, n - i))
+    silu_mul(load_first(gate + i, n - i) * f, load_first(up + i, n - i) * f)
         .store_first(y + i, static_cast<int>(n - i));
   }
+}
+
+inline Vec load_up_to(const float* x, std::int64_t n) {
+  return n >= kLanes ? Vec::load(x) : load_first(x, n);
+}
+
+// Quantises one block; returns the sum of its values.
+inline std::int32_t quantize_block(std::int8_t* values, float* scale, const float* x,
+                                   std::int64_t n) {
+  Vec largest = Vec::zero();
+  Vec not_finite = Vec::zero();  // 0 * x: NaN where x is infinite or NaN, which max would hide
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load_up_to(x + i, n - i);
+    largest = max(largest, max(v, Vec::zero() - v));
+    not_finite = fma(v, Vec::zero(), not_finite);
+  }
+  const float most = maximum(largest);
+  const Vec inverse = Vec::set(most > 0.0f ? 127.0f / most : 0.0f);
+  Vec total = Vec::zero();
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    // Operand order matters: max and min give their second operand when either is NaN.
+    const Vec scaled = load_up_to(x + i, n - i) * inverse;
+    const Vec q = round_nearest(min(max(scaled, Vec::set(-127.0f)), Vec::set(127.0f)));
+    total = total + q;
+    if (n - i >= kLanes) {
+      store_i8(q, values + i);
+    } else {
+      std::int8_t lanes[kLanes];
+      store_i8(q, lanes);
+      for (std::int64_t k = 0; k < n - i; ++k) values[i + k] = lanes[k];
+    }
+  }
+  *scale = most / 127.0f + sum(not_finite);
+  return static_cast<std::int32_t>(sum(total));
+}
+
+void quantize_row(std::int8_t* values, float* scales, std::int32_t* sums, const float* x,
+                  std::int64_t n, std::int64_t block) {
+  for (std::int64_t b = 0; b * block < n; ++b) {
+    const std::int64_t first = b * block;
+    sums[b] = quantize_block(values + first, scales + b, x + first, least(block, n - first));
+  }
+  for (std::int64_t i = n; i % 64 != 0; ++i) values[i] = 0;
 }
 
 // Rotates pairs (2i, 2i + 1) as complex numbers. rotation: [head_dim / 2, 2] cos, sin.

@@ -108,7 +108,9 @@ inline __m256 value8(__m256i w, int i) {
   } else if constexpr (F == WeightFormat::kInt8) {
     return small_integer(i < 2 ? w : _mm256_srli_epi32(w, 16), i % 2 * 8, 255, 128);
   } else {
-    return small_integer(i < 4 ? w : _mm256_srli_epi32(w, 16), i % 4 * 4, 15, 8);
+    const int shift = int4_shift(i);
+    return shift < 20 ? small_integer(w, shift, 15, 8)
+                      : small_integer(_mm256_srli_epi32(w, 16), shift - 16, 15, 8);
   }
 }
 
@@ -116,3 +118,78 @@ template <WeightFormat F>
 inline Vec value(Words w, int i) {
   return {value8<F>(w.lo, i), value8<F>(w.hi, i)};
 }
+
+inline Words low_nibbles(Words w) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(w.lo, mask), _mm256_and_si256(w.hi, mask)};
+}
+inline Words high_nibbles(Words w) {
+  return low_nibbles({_mm256_srli_epi32(w.lo, 4), _mm256_srli_epi32(w.hi, 4)});
+}
+
+struct Ints {
+  __m256i lo, hi;
+  static Ints set(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static Ints load_u8(const std::uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+};
+inline Ints operator+(Ints a, Ints b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline Ints operator*(Ints a, Ints b) {
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+inline Vec to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+// The integers nearest to each lane, which must lie in [-128, 127], as bytes.
+inline void store_i8(Vec a, std::int8_t* p) {
+  const __m256i pairs = _mm256_permute4x64_epi64(
+      _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+inline __m256i broadcast4(const std::int8_t* x) {
+  std::int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+template <WeightFormat F>
+struct Dots;
+// 8 products of 15 * 128, two at a time, stay below 2^15.
+template <>
+struct Dots<WeightFormat::kInt4> {
+  Ints sum;
+  __m256i lo, hi;  // of pairs, 16 bits each
+  static Dots begin(Ints a) { return {a, _mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  void add(Words w, const std::int8_t* x) {
+    const __m256i four = broadcast4(x);
+    lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w.lo, four));
+    hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w.hi, four));
+  }
+  Ints end() const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, ones)),
+            _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, ones))};
+  }
+};
+// Bytes above 127 could overflow 16 bits: even and odd ones are widened and multiplied apart.
+template <>
+struct Dots<WeightFormat::kInt8> {
+  Ints sum;
+  static Dots begin(Ints a) { return {a}; }
+  static __m256i add8(__m256i v, __m256i w, __m256i even, __m256i odd) {
+    v = _mm256_add_epi32(v, _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), even));
+    return _mm256_add_epi32(v, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), odd));
+  }
+  void add(Words w, const std::int8_t* x) {
+    const __m256i four = broadcast4(x);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+    const __m256i odd = _mm256_srai_epi16(four, 8);
+    sum = {add8(sum.lo, w.lo, even, odd), add8(sum.hi, w.hi, even, odd)};
+  }
+  Ints end() const { return sum; }
+};

@@ -4,7 +4,11 @@
 //   Vec: set zero load load_bf16 load_f16 load_u8 store store_first, + - * / max min,
 //        fma(a, b, c) = a * b + c, round_nearest, exp2_integral,
 //        sum and maximum over lanes in a fixed order
-//   Words: load; value<Format>(w, i): value i of each word as floats (q - 2^(bits-1) when scaled)
+//   Words: load; value<Format>(w, i): value i of each word as floats (q - 2^(bits-1) when scaled),
+//        low_nibbles and high_nibbles: the two halves of each byte, as bytes
+//   Ints: 16 int32 lanes: set load_u8, + *, to_floats
+//   Dots<Format>: sums of products of unsigned bytes with four int8 that all lanes share; begin
+//        from Ints, add at most kDotWords words, end as Ints. Exact for int4 below 16 and any int8.
 
 struct Vec {
   __m512 v;
@@ -79,13 +83,77 @@ inline Vec value(Words w, int i) {
     return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half))};
   } else if constexpr (F == WeightFormat::kInt8) {
     return {small_integer(i < 2 ? w.v : _mm512_srli_epi32(w.v, 16), i % 2 * 8, 255, 128)};
-  } else if (i % 4 == 3) {
-    return {small_integer(i < 4 ? w.v : _mm512_srli_epi32(w.v, 16), 12, 15, 8)};
+  } else if (i % 4 == 1) {
+    return {small_integer(w.v, int4_shift(i), 15, 8)};
   } else {
     // A table lookup, which reads only the low four bits of each lane. One value in four is formed
     // otherwise to spread the work over the execution ports.
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     return {_mm512_permutexvar_ps(
-        i == 0 ? w.v : _mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)), table)};
+        i == 0 ? w.v : _mm512_srli_epi32(w.v, static_cast<unsigned>(int4_shift(i))), table)};
   }
 }
+
+inline Words low_nibbles(Words w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
+inline Words high_nibbles(Words w) {
+  return {_mm512_and_si512(_mm512_srli_epi32(w.v, 4), _mm512_set1_epi8(15))};
+}
+
+struct Ints {
+  __m512i v;
+  static Ints set(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static Ints load_u8(const std::uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+};
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// The integers nearest to each lane, which must lie in [-128, 127], as bytes.
+inline void store_i8(Vec a, std::int8_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+inline __m512i broadcast4(const std::int8_t* x) {
+  std::int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+#ifdef __AVX512VNNI__
+template <WeightFormat F>
+struct Dots {
+  __m512i v;
+  static Dots begin(Ints a) { return {a.v}; }
+  void add(Words w, const std::int8_t* x) { v = _mm512_dpbusd_epi32(v, w.v, broadcast4(x)); }
+  Ints end() const { return {v}; }
+};
+#else
+template <WeightFormat F>
+struct Dots;
+// 8 products of 15 * 128, two at a time, stay below 2^15.
+template <>
+struct Dots<WeightFormat::kInt4> {
+  __m512i v, pairs;
+  static Dots begin(Ints a) { return {a.v, _mm512_setzero_si512()}; }
+  void add(Words w, const std::int8_t* x) {
+    pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(w.v, broadcast4(x)));
+  }
+  Ints end() const { return {_mm512_add_epi32(v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))}; }
+};
+// Bytes above 127 could overflow 16 bits: even and odd ones are widened and multiplied apart.
+template <>
+struct Dots<WeightFormat::kInt8> {
+  __m512i v;
+  static Dots begin(Ints a) { return {a.v}; }
+  void add(Words w, const std::int8_t* x) {
+    const __m512i four = broadcast4(x);
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8);
+    const __m512i odd = _mm512_srai_epi16(four, 8);
+    const __m512i low = _mm512_and_si512(w.v, _mm512_set1_epi16(255));
+    v = _mm512_add_epi32(v, _mm512_madd_epi16(low, even));
+    v = _mm512_add_epi32(v, _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), odd));
+  }
+  Ints end() const { return {v}; }
+};
+#endif

@@ -101,7 +101,8 @@ inline float value_of(std::uint32_t word, int i) {
     return f16_to_f32(static_cast<std::uint16_t>(word >> (16 * i)));
   } else {
     constexpr int kBits = F == WeightFormat::kInt8 ? 8 : 4;
-    const int q = static_cast<int>((word >> (kBits * i)) & ((1u << kBits) - 1u));
+    const int shift = F == WeightFormat::kInt8 ? 8 * i : int4_shift(i);
+    const int q = static_cast<int>((word >> shift) & ((1u << kBits) - 1u));
     return static_cast<float>(q - (1 << (kBits - 1)));
   }
 }
@@ -112,3 +113,58 @@ inline Vec value(Words w, int i) {
   for (int lane = 0; lane < 16; ++lane) r.v[lane] = value_of<F>(w.v[lane], i);
   return r;
 }
+
+inline Words low_nibbles(Words w) {
+  for (std::uint32_t& word : w.v) word &= 0x0f0f0f0fu;
+  return w;
+}
+inline Words high_nibbles(Words w) {
+  for (std::uint32_t& word : w.v) word = word >> 4 & 0x0f0f0f0fu;
+  return w;
+}
+
+struct Ints {
+  std::int32_t v[16];
+  static Ints set(std::int32_t x) {
+    Ints r;
+    for (std::int32_t& lane : r.v) lane = x;
+    return r;
+  }
+  static Ints load_u8(const std::uint8_t* p) {
+    Ints r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+    return r;
+  }
+};
+inline Ints operator+(Ints a, Ints b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Ints operator*(Ints a, Ints b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline Vec to_floats(Ints a) {
+  Vec r;
+  for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(a.v[i]);
+  return r;
+}
+// The integers nearest to each lane, which must lie in [-128, 127], as bytes.
+inline void store_i8(Vec a, std::int8_t* p) {
+  a = round_nearest(a);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(a.v[i]);
+}
+
+template <WeightFormat F>
+struct Dots {
+  Ints sum;
+  static Dots begin(Ints a) { return {a}; }
+  void add(Words w, const std::int8_t* x) {
+    for (int lane = 0; lane < 16; ++lane) {
+      for (int byte = 0; byte < 4; ++byte) {
+        sum.v[lane] += static_cast<std::int32_t>(w.v[lane] >> (8 * byte) & 255u) * x[byte];
+      }
+    }
+  }
+  Ints end() const { return sum; }
+};

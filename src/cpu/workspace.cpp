@@ -17,6 +17,9 @@ constexpr std::int64_t kPanelStep = 4;
 constexpr std::int64_t kWorthSharing = 1 << 17;
 // Rows below which unpacking weights for one task again costs more than a thread gains.
 constexpr std::int64_t kRowStep = 48;
+// Values quantised by one task: less than this is not worth waking a thread for.
+constexpr std::int64_t kQuantiseValues = 1 << 15;
+constexpr std::int64_t kLineBytes = 64;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -32,8 +35,11 @@ float* GrowingFloats::at_least(std::size_t n) {
   return static_cast<float*>(buffer_.data.get());
 }
 
-Workspace::Workspace(const Kernels& table, int n_threads)
-    : kernels(table), pool(n_threads), scratch_(static_cast<std::size_t>(n_threads)) {}
+Workspace::Workspace(const Kernels& table, int n_threads, bool int8_activations)
+    : kernels(table),
+      pool(n_threads),
+      int8_activations_(int8_activations),
+      scratch_(static_cast<std::size_t>(n_threads)) {}
 
 float* Workspace::scratch(int worker, std::size_t n) {
   return scratch_[static_cast<std::size_t>(worker)].at_least(n);
@@ -51,8 +57,9 @@ void Workspace::multiply(std::span<const Product> products) {
   const std::int64_t n_tasks = share ? pool.n_threads() * kTasksPerThread : 1;
   const std::int64_t step = ceil_div(ceil_div(panels, n_tasks), kPanelStep) * kPanelStep;
   tasks_.clear();
+  n_quantised_ = 0;
   for (const Product& p : products) {
-    if (p.n_rows > 0) cut(p, share ? step : p.w->n_panels());
+    if (p.n_rows > 0) cut(p, quantise(p), share ? step : p.w->n_panels());
   }
   if (share) {
     pool.parallel_for(static_cast<std::int64_t>(tasks_.size()), [this](std::int64_t i, int worker) {
@@ -63,7 +70,39 @@ void Workspace::multiply(std::span<const Product> products) {
   }
 }
 
-void Workspace::cut(const Product& product, std::int64_t panel_step) {
+// The product's input as int8, made once for all products of a call that share it; null where the
+// product runs in float.
+const Int8Rows* Workspace::quantise(const Product& product) {
+  const std::int64_t block = product.w->activation_block;
+  if (!int8_activations_ || block == 0) return nullptr;
+  for (std::size_t i = 0; i < n_quantised_; ++i) {
+    const Quantised& q = *quantised_[i];
+    if (q.source == product.x.data && q.rows.block == block) return &q.rows;
+  }
+  if (n_quantised_ == quantised_.size()) quantised_.push_back(std::make_unique<Quantised>());
+  Quantised& q = *quantised_[n_quantised_++];
+  const Rows& x = product.x;
+  const std::int64_t dim = product.w->in_dim;
+  const std::int64_t stride = ceil_div(dim, kLineBytes) * kLineBytes;
+  const std::int64_t n_blocks = ceil_div(dim, block);
+  const auto n_scales = static_cast<std::size_t>(x.n_rows * n_blocks);
+  auto* values = reinterpret_cast<std::int8_t*>(
+      q.values.at_least(static_cast<std::size_t>(x.n_rows * stride) / sizeof(float)));
+  float* scales = q.scales.at_least(n_scales);
+  auto* sums = reinterpret_cast<std::int32_t*>(q.sums.at_least(n_scales));
+  q.source = x.data;
+  q.rows = {values, scales, sums, stride, block, n_blocks};
+  const std::int64_t step = std::max<std::int64_t>(1, kQuantiseValues / dim);
+  pool.parallel_for(ceil_div(x.n_rows, step), [&](std::int64_t task, int) {
+    for (std::int64_t r = task * step; r < std::min((task + 1) * step, x.n_rows); ++r) {
+      kernels.quantize_row(values + r * stride, scales + r * n_blocks, sums + r * n_blocks,
+                           x.data + r * x.stride, dim, block);
+    }
+  });
+  return &q.rows;
+}
+
+void Workspace::cut(const Product& product, const Int8Rows* x8, std::int64_t panel_step) {
   const std::int64_t n_panels = product.w->n_panels();
   const std::int64_t pieces = ceil_div(n_panels, panel_step);
   // Few panels and many rows (a router): cut the rows as well.
@@ -72,7 +111,7 @@ void Workspace::cut(const Product& product, std::int64_t panel_step) {
   for (std::int64_t panel = 0; panel < n_panels; panel += panel_step) {
     const std::int64_t last = std::min(panel + panel_step, n_panels);
     for (std::int64_t row = 0; row < product.n_rows; row += row_step) {
-      tasks_.push_back({&product, panel, last, row, std::min(row_step, product.n_rows - row)});
+      tasks_.push_back({&product, x8, panel, last, row, std::min(row_step, product.n_rows - row)});
     }
   }
 }
@@ -85,21 +124,30 @@ void Workspace::run(const Task& task, int worker) {
     if (last <= 0) break;
     if (first < segment.n_panels) {
       const MatmulTask work{.w = &segment,
-                            .x = p.x + task.first_row * p.x_stride,
+                            .x = p.x.data,
+                            .x_stride = p.x.stride,
+                            .x8 = task.x8,
+                            .rows = p.rows == nullptr ? nullptr : p.rows + task.first_row,
+                            .first_row = p.first_row + task.first_row,
                             .n_rows = task.n_rows,
-                            .x_stride = p.x_stride,
                             .y = p.y + task.first_row * p.y_stride,
                             .y_stride = p.y_stride,
                             .accumulate = p.accumulate};
-      kernels.matmul(work, std::max<std::int64_t>(first, 0), std::min(last, segment.n_panels),
-                     scratch(worker, kernels.matmul_scratch_floats(segment, task.n_rows)));
+      const std::int64_t from = std::max<std::int64_t>(first, 0);
+      const std::int64_t to = std::min(last, segment.n_panels);
+      if (task.x8 != nullptr) {
+        kernels.matmul_int8(work, from, to);
+      } else {
+        kernels.matmul(work, from, to,
+                       scratch(worker, kernels.matmul_scratch_floats(segment, task.n_rows)));
+      }
     }
     first -= segment.n_panels;
     last -= segment.n_panels;
   }
 }
 
-void Workspace::activate(float* act, const float* hidden, std::int64_t n_rows,
+void Workspace::activate(float* act, const float* hidden, const float* factors, std::int64_t n_rows,
                          std::int64_t ffn_dim) {
   constexpr std::int64_t kColumns = 4096;  // one task; a row may be shared, it is elementwise
   const std::int64_t per_row = ceil_div(ffn_dim, kColumns);
@@ -107,7 +155,7 @@ void Workspace::activate(float* act, const float* hidden, std::int64_t n_rows,
     const std::int64_t row = i / per_row;
     const std::int64_t column = i % per_row * kColumns;
     const float* gate = hidden + row * 2 * ffn_dim + column;
-    kernels.silu_mul_row(act + row * ffn_dim + column, gate, gate + ffn_dim,
+    kernels.silu_mul_row(act + row * ffn_dim + column, gate, gate + ffn_dim, factors[row],
                          std::min(kColumns, ffn_dim - column));
   };
   pool.parallel_for(n_rows * per_row, piece);

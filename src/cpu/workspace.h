@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -22,12 +23,20 @@ class GrowingFloats {
   Buffer buffer_;
 };
 
-// y[n_rows, out_dim] (+)= x[n_rows, in_dim] w^T: one of several products that run together.
+// Activations: float32 rows `stride` apart.
+struct Rows {
+  const float* data = nullptr;
+  std::int64_t n_rows = 0;
+  std::int64_t stride = 0;
+};
+
+// y[n_rows, out_dim] (+)= x[rows] w^T: one of several products that run together.
 struct Product {
   const PackedMatrix* w = nullptr;
-  const float* x = nullptr;
+  Rows x;
+  const std::int32_t* rows = nullptr;  // of x, n_rows of them; null: first_row and those after it
+  std::int64_t first_row = 0;
   std::int64_t n_rows = 0;
-  std::int64_t x_stride = 0;
   float* y = nullptr;
   std::int64_t y_stride = 0;
   bool accumulate = false;
@@ -35,7 +44,8 @@ struct Product {
 
 class Workspace {
  public:
-  Workspace(const Kernels& kernels, int n_threads);
+  // int8_activations: multiply by quantised weights in integers, where their groups allow it.
+  Workspace(const Kernels& kernels, int n_threads, bool int8_activations);
 
   const Kernels& kernels;
   ThreadPool pool;
@@ -43,20 +53,33 @@ class Workspace {
   // All products as one list of tasks, so that a thread without work in one takes up another. They
   // must not write to the same place.
   void multiply(std::span<const Product> products);
-  // act[n, ffn_dim] = silu(gate) * up over rows [gate | up] of hidden[n, 2 ffn_dim].
-  void activate(float* act, const float* hidden, std::int64_t n_rows, std::int64_t ffn_dim);
+  // act[n, ffn_dim] = silu(f gate) * (f up) over rows [gate | up] of hidden[n, 2 ffn_dim]; f is
+  // factors[row].
+  void activate(float* act, const float* hidden, const float* factors, std::int64_t n_rows,
+                std::int64_t ffn_dim);
   // Scratch of one worker, used inside one task only.
   float* scratch(int worker, std::size_t n);
 
  private:
+  // One input of the products at hand, quantised for weights of one block size.
+  struct Quantised {
+    const float* source = nullptr;
+    Int8Rows rows;
+    GrowingFloats values, scales, sums;
+  };
   struct Task {
     const Product* product;
+    const Int8Rows* x8;  // null: multiply in float
     std::int64_t first_panel, last_panel;
     std::int64_t first_row, n_rows;
   };
-  void cut(const Product& product, std::int64_t panel_step);
+  const Int8Rows* quantise(const Product& product);
+  void cut(const Product& product, const Int8Rows* x8, std::int64_t panel_step);
   void run(const Task& task, int worker);
 
+  bool int8_activations_;
+  std::vector<std::unique_ptr<Quantised>> quantised_;  // the first n_quantised_ are in use
+  std::size_t n_quantised_ = 0;
   std::vector<Task> tasks_;
   std::vector<GrowingFloats> scratch_;
 };

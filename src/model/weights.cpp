@@ -29,10 +29,9 @@ std::int64_t group_size_for(std::int64_t in_dim) {
   return 0;
 }
 
-PackOptions options_for(const LinearSource& source, WeightChoice choice, bool quantisable) {
+PackOptions options_for(const LinearSource& source, WeightChoice choice) {
   PackOptions options{stored_format(source), group_size_for(source.in_dim)};
   if (choice == WeightChoice::kBf16) options.format = WeightFormat::kBf16;
-  if (!quantisable) return options;
   if (choice == WeightChoice::kInt8) options.format = WeightFormat::kInt8;
   if (choice == WeightChoice::kInt4) options.format = WeightFormat::kInt4;
   return options;
@@ -56,20 +55,24 @@ WeightChoice weight_choice_from_name(const std::string& name) {
        name, "\" is not supported by this build, expected auto, bf16, int8 or int4.");
 }
 
-Weights::Weights(Backend& backend, const ModelConfig& config, WeightChoice choice,
+Weights::Weights(Backend& backend, const ModelConfig& config, WeightOptions options,
                  OnPacked on_packed)
-    : backend_(backend), config_(config), choice_(choice), on_packed_(std::move(on_packed)) {}
+    : backend_(backend), config_(config), options_(options), on_packed_(std::move(on_packed)) {}
 
-std::unique_ptr<Matrix> Weights::pack(std::vector<LinearSource> stack, bool quantisable) {
+std::unique_ptr<Matrix> Weights::pack(std::vector<LinearSource> stack, WeightChoice choice) {
   std::vector<PackOptions> options;
-  for (const LinearSource& source : stack)
-    options.push_back(options_for(source, choice_, quantisable));
+  for (const LinearSource& source : stack) options.push_back(options_for(source, choice));
   std::unique_ptr<Matrix> matrix = backend_.pack(stack, options);
   bytes_ += matrix->bytes;
   if (on_packed_) {
     for (const LinearSource& source : stack) on_packed_(source.name);
   }
   return matrix;
+}
+
+// For what is never quantised: the embedding and the routers.
+WeightChoice Weights::plain_choice() const {
+  return options_.body == WeightChoice::kBf16 ? WeightChoice::kBf16 : WeightChoice::kAsStored;
 }
 
 Buffer Weights::upload_norm(std::span<const float> values, const char* name) {
@@ -91,14 +94,14 @@ Mlp Weights::pack_mlp(const MlpSources& sources, std::int64_t ffn_dim) {
   check_shape(sources.up, ffn_dim, config_.dim);
   check_shape(sources.down, config_.dim, ffn_dim);
   Mlp mlp;
-  mlp.gate_up = pack({sources.gate, sources.up}, true);
-  mlp.down = pack({sources.down}, true);
+  mlp.gate_up = pack({sources.gate, sources.up}, options_.body);
+  mlp.down = pack({sources.down}, options_.body);
   return mlp;
 }
 
 void Weights::load_embedding(const LinearSource& source) {
   check_shape(source, config_.vocab_size, config_.dim);
-  embedding_ = pack({source}, false);
+  embedding_ = pack({source}, plain_choice());
 }
 
 void Weights::load_layer(const LayerSources& sources) {
@@ -116,8 +119,8 @@ void Weights::load_layer(const LayerSources& sources) {
   LayerWeights layer;
   layer.input_norm = upload_norm(sources.input_norm, "input_layernorm");
   layer.post_norm = upload_norm(sources.post_norm, "post_attention_layernorm");
-  layer.qkv = pack({sources.q, sources.k, sources.v}, true);
-  layer.o = pack({sources.o}, true);
+  layer.qkv = pack({sources.q, sources.k, sources.v}, options_.body);
+  layer.o = pack({sources.o}, options_.body);
   if (config_.is_moe_layer[index]) {
     const bool complete = sources.router && sources.shared &&
                           sources.experts.size() == static_cast<std::size_t>(config_.n_experts);
@@ -126,7 +129,7 @@ void Weights::load_layer(const LayerSources& sources) {
     check_shape(*sources.router, config_.n_experts, config_.dim);
     Experts experts;
     experts.top_k = config_.top_k;
-    experts.router = pack({*sources.router}, false);
+    experts.router = pack({*sources.router}, plain_choice());
     for (const MlpSources& expert : sources.experts) {
       experts.routed.push_back(pack_mlp(expert, config_.expert_dim));
     }
@@ -145,7 +148,8 @@ void Weights::load_head(std::span<const float> final_norm,
   final_norm_ = upload_norm(final_norm, "final norm");
   if (!head) return;
   check_shape(*head, config_.vocab_size, config_.dim);
-  head_ = pack({*head}, false);
+  const bool quantise = options_.int8_head && head->bits == 0;
+  head_ = pack({*head}, quantise ? WeightChoice::kInt8 : plain_choice());
 }
 
 void Weights::check_complete() const {

@@ -41,6 +41,10 @@ struct LayerSources {
 
 // What `weights=` asks for.
 enum class WeightChoice { kAsStored, kBf16, kInt8, kInt4 };
+struct WeightOptions {
+  WeightChoice body = WeightChoice::kAsStored;
+  bool int8_head = false;  // a head that is stored plain is held as int8
+};
 WeightChoice weight_choice_from_name(const std::string& name);
 
 // Called with a source's name once it is packed: its mapped pages may go.
@@ -48,7 +52,7 @@ using OnPacked = std::function<void(const std::string& name)>;
 
 class Weights {
  public:
-  Weights(Backend& backend, const ModelConfig& config, WeightChoice choice, OnPacked on_packed);
+  Weights(Backend& backend, const ModelConfig& config, WeightOptions options, OnPacked on_packed);
 
   void load_embedding(const LinearSource& source);
   void load_layer(const LayerSources& sources);  // the next one, in order
@@ -64,13 +68,14 @@ class Weights {
   std::size_t bytes() const { return bytes_; }
 
  private:
-  std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, bool quantisable);
+  std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, WeightChoice choice);
+  WeightChoice plain_choice() const;
   Mlp pack_mlp(const MlpSources& sources, std::int64_t ffn_dim);
   Buffer upload_norm(std::span<const float> values, const char* name);
 
   Backend& backend_;
   const ModelConfig& config_;
-  WeightChoice choice_;
+  WeightOptions options_;
   OnPacked on_packed_;
   std::unique_ptr<Matrix> embedding_;
   std::unique_ptr<Matrix> head_;

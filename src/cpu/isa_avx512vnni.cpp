@@ -1,0 +1,48 @@
+// What VNNI makes faster than plain AVX-512: integer dot products, on Cascade Lake and Zen 4 on.
+// Compiled with flags of its own, so nothing here may instantiate inline functions or templates of
+// another header: the linker could keep this copy for machines that lack the instructions.
+// GCC 12 takes the deliberately undefined operand inside its own AVX-512 header for a mistake
+// (gcc.gnu.org/PR105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace camelid::cpu {
+namespace {
+
+#include "cpu/simd_avx512.h"
+
+// 24 of 32 registers accumulate, 4 hold weights, 1 an input.
+constexpr int kIntegerRows = 6;
+constexpr int kIntegerPanels = 4;
+
+#include "cpu/panels.inl"
+
+#include "cpu/integer.inl"
+
+}  // namespace
+
+bool add_avx512vnni_kernels(Kernels& table) {
+  table.name = "avx512vnni";
+  table.matmul_int8 = matmul_int8;
+  return true;
+}
+
+}  // namespace camelid::cpu
+
+#else
+
+namespace camelid::cpu {
+bool add_avx512vnni_kernels(Kernels&) { return false; }
+}  // namespace camelid::cpu
+
+#endif
