@@ -51,6 +51,8 @@ class Engine:
         threads: int = 0,
         weights: str = "auto",
         kv_cache: str = "f32",
+        int8_activations: bool = False,
+        int8_head: bool = False,
         memory_bytes: int = 0,
         page_size: int = 64,
         max_step_tokens: int = 512,

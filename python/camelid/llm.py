@@ -29,9 +29,10 @@ from camelid.errors import (
     InvalidRequest,
     Unsupported,
 )
-from camelid.loading import find_folder, load, show_bytes
+from camelid.loading import find_folder, load
 from camelid.options import LoadOptions, ResolvedSampling, SamplingParams
 from camelid.prompts import Prompt, encode_prompt, is_one_prompt, token_array
+from camelid.report import show_bytes
 from camelid.request import (
     Completion,
     Delta,
@@ -61,10 +62,15 @@ class LLM:
     Args:
         model: Folder of a checkpoint, or a hub id such as "meta-llama/Llama-4-Scout-17B-16E".
         device: "auto", "cpu", "cuda" or "cuda:N".
-        weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings, head and router are never
-            made smaller than bf16.
-        kv_cache: "auto", "f32" or "bf16"; auto is f32, exact. bf16 halves the cache and moves
-            logits by about 0.01 standard deviations, more where it flips a near tie of a router.
+        weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings and router are never made
+            smaller than bf16, the head only by `head`.
+        compute: "exact" multiplies float activations, "fast" int8 ones by INT4 and INT8 weights;
+            auto is fast from 64 MiB of such weights on.
+        head: "stored", or "int8" for a plain output head; auto is int8 where fast meets INT4
+            weights.
+        kv_cache: "auto", "f32" or "bf16"; auto is f32 where compute is exact, else bf16, which
+            halves the cache and moves logits by about 0.01 standard deviations, more where it flips
+            a near tie of a router.
         max_context: Most tokens of prompt and answer together; the config's limit if None.
         memory: Bytes for weights, KV cache and workspace together, or "20GiB"; None takes nine
             tenths of what is available, as it is needed.
@@ -89,6 +95,8 @@ class LLM:
         device: str = "auto",
         weights: str = "auto",
         kv_cache: str = "auto",
+        compute: str = "auto",
+        head: str = "auto",
         max_context: int | str | None = None,
         memory: int | str | None = None,
         threads: int | None = None,
@@ -98,6 +106,8 @@ class LLM:
             device=device,
             weights=weights,
             kv_cache=kv_cache,
+            compute=compute,
+            head=head,
             max_context=max_context,
             memory=memory,
             threads=threads,

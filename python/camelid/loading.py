@@ -1,6 +1,6 @@
-"""From a folder to an engine that holds its weights, by way of a memory plan.
+"""From a folder to an engine that holds its weights, by way of a plan (plan.py).
 
-Owns where a model comes from (folder or hub), whether it will fit, and the order in which it is
+Owns where a model comes from (folder or hub) and the order in which it is
 packed, so that no more than one matrix is in memory twice. Must never know requests or text.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from camelid.checkpoint import Checkpoint, account
-from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
+from camelid.errors import CheckpointError, InvalidRequest, Unsupported
 from camelid.options import LoadOptions
-from camelid.report import KV_ELEMENT_BYTES, kv_report, loaded_bytes
+from camelid.plan import LoadPlan, make_plan, require_fit
 from camelid.sources import (
     LinearSource,
     embedding_source,
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from camelid import _core
     from camelid.config import ModelConfig
 
-__all__ = ["Loaded", "find_folder", "load", "show_bytes"]
+__all__ = ["Loaded", "find_folder", "load"]
 
 # What a repository on the hub must hold for us; weights in other formats stay there.
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
-_SMALLER = ("bf16", "int8", "int4")  # values of weights=, the most exact first
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -43,7 +42,7 @@ class Loaded:
 
     core: _core.Engine
     config: ModelConfig
-    kv_cache: str
+    plan: LoadPlan
 
 
 def find_folder(model: str | os.PathLike[str]) -> Path:
@@ -86,14 +85,16 @@ def load(
 
     account(checkpoint)
     config = checkpoint.config
-    kv_cache = options.kv_cache_type
+    plan = make_plan(checkpoint, options)
     releaser = _Releaser(checkpoint)
     core = _core.Engine(
         config,
         device=options.device,
         threads=options.threads or 0,
-        weights=options.weights,
-        kv_cache=kv_cache,
+        weights=plan.weights,
+        kv_cache=plan.kv_cache,
+        int8_activations=plan.compute == "fast",
+        int8_head=plan.head == "int8",
         memory_bytes=options.memory or 0,
         max_step_tokens=max_step_tokens,
         on_packed=releaser,
@@ -102,36 +103,11 @@ def load(
     if core.describe().startswith("cpu"):
         limits.append(_core.available_memory())
     if limits:
-        check_plan(checkpoint, options, kv_cache=kv_cache, limit_bytes=min(limits))
+        limit = min(limits)
+        require_fit(checkpoint, plan, limit_bytes=limit, limit_is_wish=limit == options.memory)
     _load_weights(core, checkpoint, releaser, progress=progress)
     core.finish_loading()
-    return Loaded(core, config, kv_cache)
-
-
-def check_plan(
-    checkpoint: Checkpoint, options: LoadOptions, *, kv_cache: str, limit_bytes: int
-) -> None:
-    """Refuse weights that will not fit beside one page of KV cache.
-
-    Raises:
-        CapacityError: Saying what is needed, what there is, and which choices would fit.
-    """
-    one_page = kv_report(checkpoint.config, KV_ELEMENT_BYTES[kv_cache]).bytes_for(1)
-    needed = loaded_bytes(checkpoint, options.weights) + one_page
-    if needed <= limit_bytes:
-        return
-    sizes = {name: loaded_bytes(checkpoint, name) + one_page for name in _SMALLER}
-    fitting = [name for name, size in sizes.items() if size <= limit_bytes]
-    if fitting:
-        advice = f'weights="{fitting[0]}" takes {show_bytes(sizes[fitting[0]])} and would fit.'
-    else:
-        least = min([needed, *sizes.values()])
-        advice = f"The smallest choice of weights= takes {show_bytes(least)}."
-    there = "memory= allows" if limit_bytes == options.memory else "this process may still take"
-    raise CapacityError(
-        f"[memory] {checkpoint.folder} with weights={options.weights} takes {show_bytes(needed)}, "
-        f"{there} {show_bytes(limit_bytes)}. {advice}"
-    )
+    return Loaded(core, config, plan)
 
 
 class _Releaser:
@@ -172,13 +148,3 @@ def _load_weights(
             releaser.expect(sources.linears())
             core.load_layer(sources)
             bar.update()
-
-
-def show_bytes(n_bytes: int) -> str:
-    """Show a size for people, with three digits or more."""
-    value = float(n_bytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"

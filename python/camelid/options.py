@@ -183,6 +183,8 @@ class LoadOptions:
     device: str = "auto"
     weights: str = "auto"
     kv_cache: str = "auto"
+    compute: str = "auto"
+    head: str = "auto"
     max_context: int | None = None  # tokens
     memory: int | None = None  # bytes
     threads: int | None = None
@@ -194,6 +196,8 @@ class LoadOptions:
         device: str = "auto",
         weights: str = "auto",
         kv_cache: str = "auto",
+        compute: str = "auto",
+        head: str = "auto",
         max_context: int | str | None = None,
         memory: int | str | None = None,
         threads: int | None = None,
@@ -210,15 +214,12 @@ class LoadOptions:
             device=device,
             weights=_choice("weights", weights, _WEIGHTS, planned=("fp8",)),
             kv_cache=_choice("kv_cache", kv_cache, _KV_CACHES, planned=("fp8", "int8", "int4")),
+            compute=_choice("compute", compute, ("auto", "exact", "fast")),
+            head=_choice("head", head, ("auto", "stored", "int8")),
             max_context=None if max_context is None else parse_count("max_context", max_context),
             memory=None if memory is None else parse_size("memory", memory),
             threads=_integer("threads", threads, 1, 4096),
         )
-
-    @property
-    def kv_cache_type(self) -> str:
-        """The cache's type: "auto" is f32, since exact numerics come first; bf16 halves it."""
-        return "f32" if self.kv_cache == "auto" else self.kv_cache
 
 
 # 32k is 32,000 and 32K is 32,768, as in vLLM; m and g likewise. KB and KiB differ only in sizes.
@@ -310,7 +311,7 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _choice(name: str, value: Any, known: Sequence[str], *, planned: Sequence[str]) -> str:
+def _choice(name: str, value: Any, known: Sequence[str], *, planned: Sequence[str] = ()) -> str:
     wanted = f"{', '.join(known[:-1])} or {known[-1]}"
     if isinstance(value, str):
         if value in known:

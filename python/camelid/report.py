@@ -25,7 +25,7 @@ from camelid.layout import (
     shared_linears,
 )
 
-__all__ = ["KvReport", "Part", "Report", "inspect", "loaded_bytes"]
+__all__ = ["KvReport", "Part", "Report", "inspect", "kv_report", "show_bytes"]
 
 PARTS = (
     "embedding",
@@ -53,6 +53,7 @@ class Part:
     n_parameters: int = 0
     stored_bytes: int = 0
     loaded_bytes: int = 0
+    quantised_bytes: int = 0  # of loaded_bytes, held as int4 or int8
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,22 @@ class _Held:
         return self.group_size > 0
 
 
-def inspect(checkpoint: Checkpoint, *, weights: str = "auto") -> Report:
-    """Measure a checkpoint that `account` found complete, loaded with the given `weights`."""
+def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "stored") -> Report:
+    """Measure a checkpoint that `account` found complete, loaded with these `weights` and head."""
     config = checkpoint.config
     parts = {name: Part() for name in PARTS}
     for part, linear, held in _linears(checkpoint):
-        quantisable = part not in ("embedding", "router", "head")
+        choice = weights
+        if part in ("embedding", "router", "head") and weights in ("int4", "int8"):
+            choice = "auto"
+        if part == "head" and head == "int8" and not held.quantised:
+            choice = "int8"
+        n_bytes = _packed_bytes(linear, held, choice)
         parts[part].n_parameters += linear.out_dim * linear.in_dim
         parts[part].stored_bytes += held.stored_bytes
-        parts[part].loaded_bytes += _packed_bytes(linear, held, weights, quantisable=quantisable)
+        parts[part].loaded_bytes += n_bytes
+        if choice in ("int4", "int8") or (choice == "auto" and held.quantised):
+            parts[part].quantised_bytes += n_bytes
     norms = (2 * config.n_layers + 1) * config.dim
     parts["norms"] = Part(norms, _stored_norms(checkpoint), 4 * norms)
     for name, entry in checkpoint.tensors.items():
@@ -155,9 +163,14 @@ def inspect(checkpoint: Checkpoint, *, weights: str = "auto") -> Report:
     )
 
 
-def loaded_bytes(checkpoint: Checkpoint, weights: str) -> int:
-    """Return what the weights take in memory once loaded; the CPU's layout, to the byte."""
-    return inspect(checkpoint, weights=weights).loaded_bytes
+def show_bytes(n_bytes: int) -> str:
+    """Show a size for people, with three digits or more."""
+    value = float(n_bytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
 
 
 def kv_report(config: ModelConfig, element_bytes: int) -> KvReport:
@@ -227,7 +240,7 @@ def _held_fused(checkpoint: Checkpoint, layer: int, linear: Linear) -> _Held:
     return _Held(dtype, bits, linear.out_dim * linear.in_dim * bits // 8)
 
 
-def _packed_bytes(linear: Linear, held: _Held, weights: str, *, quantisable: bool) -> int:
+def _packed_bytes(linear: Linear, held: _Held, weights: str) -> int:
     """Return a linear's bytes in memory.  Source: src/model/weights.cpp and src/cpu/pack.cpp."""
     bits, group_size, scale_bytes, zero_points = (
         held.bits,
@@ -238,7 +251,7 @@ def _packed_bytes(linear: Linear, held: _Held, weights: str, *, quantisable: boo
     wanted = {"bf16": 16, "int8": 8, "int4": 4}.get(weights)
     if wanted == 16:
         bits, group_size, zero_points = 16, 0, False
-    elif wanted is not None and quantisable and not (held.quantised and held.bits == wanted):
+    elif wanted is not None and not (held.quantised and held.bits == wanted):
         bits, scale_bytes, zero_points = wanted, 2, False
         group_size = next((size for size in (128, 64, 32) if linear.in_dim % size == 0), 0)
         group_size = group_size or linear.in_dim

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import weakref
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -341,16 +342,16 @@ def test_weights_beyond_the_machine_are_refused_before_they_are_read(
 
 def test_the_plan_knows_every_byte_of_the_weights(tmp_path: Path) -> None:
     from camelid.checkpoint import Checkpoint
-    from camelid.report import loaded_bytes
+    from camelid.report import inspect
 
     write_checkpoint(tmp_path / "f32", config_overrides=VOCAB)
     write_checkpoint(tmp_path / "int4", quantization=Quantization(bits=4, group_size=32))
     for name in ("f32", "int4"):
-        for weights in ("auto", "bf16", "int8", "int4"):
+        for weights, head in product(("auto", "bf16", "int8", "int4"), ("stored", "int8")):
             with Checkpoint.open(tmp_path / name) as checkpoint:
-                planned = loaded_bytes(checkpoint, weights)
-            with LLM(tmp_path / name, device="cpu", threads=1, weights=weights) as llm:
-                assert llm._loop._core.memory()["weight_bytes"] == planned, (name, weights)
+                planned = inspect(checkpoint, weights=weights, head=head).loaded_bytes
+            with LLM(tmp_path / name, threads=1, weights=weights, head=head) as llm:
+                assert llm._loop._core.memory()["weight_bytes"] == planned, (name, weights, head)
 
 
 def test_weights_can_be_made_smaller_on_the_way_in(folder: Path) -> None:

@@ -173,17 +173,12 @@ def test_load_options_take_known_names_and_refuse_others() -> None:
             LoadOptions.parse(kv_cache=kv_cache)
     with pytest.raises(Unsupported, match='weights="fp8"'):
         LoadOptions.parse(weights="fp8")
-    for name in ("weights", "kv_cache"):
+    for name in ("weights", "kv_cache", "compute", "head"):
         with pytest.raises(InvalidRequest, match=name):
             LoadOptions.parse(**{name: "q4_k_m"})  # type: ignore[arg-type]
     for threads in (0, -1, 1.0, "2", True):
         with pytest.raises(InvalidRequest, match="threads"):
             LoadOptions.parse(threads=threads)  # type: ignore[arg-type]
-
-
-def test_an_automatic_kv_cache_is_exact() -> None:
-    assert LoadOptions().kv_cache_type == "f32"
-    assert LoadOptions(kv_cache="bf16").kv_cache_type == "bf16"
 
 
 def test_a_hostile_repr_does_not_hide_the_error() -> None:

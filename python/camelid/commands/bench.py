@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> int:
         "version": camelid.__version__,
         "model": str(options.model),
         "device": loaded.core.describe(),
-        "weights": wanted.weights,
-        "kv_cache": loaded.kv_cache,
+        **vars(loaded.plan),
         "weight_bytes": loaded.core.memory()["weight_bytes"],
     }
     total = len(what) * (options.repeats + 1)
@@ -71,7 +70,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**record, "rows": [_row_record(row) for row in rows]}, indent=2))
         return 0
-    print(f"{record['model']}, {record['device']}, KV cache {record['kv_cache']}")
+    print(
+        f"{record['model']}, {record['device']}, {record['compute']}, KV cache {record['kv_cache']}"
+    )
     print(f"{'test':<24}{'median tokens/s':>16}   runs")
     for row in rows:
         runs = " ".join(f"{speed:.2f}" for speed in row.tokens_per_second)

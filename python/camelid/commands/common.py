@@ -26,6 +26,7 @@ _SAMPLING = (
     ("--frequency-penalty", "frequency_penalty", float, "-2 to 2"),
     ("--seed", "seed", int, "the same seed gives the same text"),
 )
+_AUTO = ("device", "weights", "compute", "head", "kv_cache")  # loading flags that may be "auto"
 SAMPLING_TYPES = {name: kind for _, name, kind, _ in _SAMPLING}
 
 
@@ -35,7 +36,9 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in (
         ("--device", str, "auto, cpu, cuda or cuda:N"),
         ("--weights", str, "auto (as stored), bf16, int8 or int4"),
-        ("--kv-cache", str, "auto (f32), f32 or bf16"),
+        ("--compute", str, "auto, exact (float activations) or fast (int8 ones)"),
+        ("--head", str, "auto, stored or int8"),
+        ("--kv-cache", str, "auto (f32 when exact, else bf16), f32 or bf16"),
         ("--max-context", str, "most tokens of prompt and answer together, such as 32K"),
         ("--memory", str, "for weights and KV cache together, such as 20GiB"),
         ("--threads", int, "threads to compute with (default: physical cores)"),
@@ -43,7 +46,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
         name = flag[2:].replace("-", "_")
         # argparse passes a string default through `type`, so a bad variable is reported as a flag.
         default = os.environ.get(f"CAMELID_{name.upper()}")
-        if default is None and name in ("device", "weights", "kv_cache"):
+        if default is None and name in _AUTO:
             default = "auto"
         group.add_argument(flag, type=kind, default=default, metavar="X", help=text)
 
@@ -70,7 +73,7 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of loading as keywords of `LLM`."""
-    names = ("device", "weights", "kv_cache", "max_context", "memory", "threads")
+    names = (*_AUTO, "max_context", "memory", "threads")
     return {name: getattr(options, name) for name in names}
 
 

@@ -10,6 +10,7 @@ from camelid.commands.common import paint
 from camelid.options import LoadOptions
 
 if TYPE_CHECKING:
+    from camelid.plan import LoadPlan
     from camelid.report import Report
 
 
@@ -29,14 +30,16 @@ def run(options: argparse.Namespace) -> int:
     """Print the report."""
     from camelid.checkpoint import Checkpoint, account
     from camelid.loading import find_folder
+    from camelid.plan import make_plan
     from camelid.report import inspect
 
     wanted = LoadOptions.parse(memory=options.memory, weights=options.weights)
     with Checkpoint.open(find_folder(options.model)) as checkpoint:
         account(checkpoint)
-        report = inspect(checkpoint, weights=wanted.weights)
+        plan = make_plan(checkpoint, wanted)
+        report = inspect(checkpoint, weights=plan.weights, head=plan.head)
     memory_bytes = _available() if wanted.memory is None else wanted.memory
-    record = _record(report, wanted.weights, memory_bytes)
+    record = _record(report, plan, memory_bytes)
     print(json.dumps(record, indent=2) if options.json else _table(report, record))
     return 0
 
@@ -47,14 +50,14 @@ def _available() -> int:
     return _core.available_memory()
 
 
-def _record(report: Report, weights: str, memory_bytes: int) -> dict[str, Any]:
+def _record(report: Report, plan: LoadPlan, memory_bytes: int) -> dict[str, Any]:
     left = max(memory_bytes - report.loaded_bytes, 0)
     longest = report.config["max_position_embeddings"]
     return {
         "folder": report.folder,
         "architecture": report.architecture,
         "stored_as": report.stored_as,
-        "weights": weights,
+        "plan": vars(plan),
         "config": report.config,
         "n_parameters": report.n_parameters,
         "active_parameters": report.active_parameters,
@@ -76,7 +79,7 @@ def _record(report: Report, weights: str, memory_bytes: int) -> dict[str, Any]:
 
 
 def _table(report: Report, record: dict[str, Any]) -> str:
-    from camelid.loading import show_bytes
+    from camelid.report import show_bytes
 
     config = report.config
     lines = [
@@ -111,7 +114,7 @@ def _table(report: Report, record: dict[str, Any]) -> str:
 
 
 def _fit(record: dict[str, Any]) -> str:
-    from camelid.loading import show_bytes
+    from camelid.report import show_bytes
 
     memory = show_bytes(record["memory_bytes"])
     if not record["fits"]:

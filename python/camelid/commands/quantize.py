@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     """Write the copy."""
     from tqdm import tqdm
 
-    from camelid.loading import show_bytes
     from camelid.quantize import quantize
+    from camelid.report import show_bytes
 
     with tqdm(
         desc="quantizing", unit="B", unit_scale=True, disable=not shows_progress(), leave=False

@@ -1,0 +1,79 @@
+"""What a model will be loaded as: what "auto" means for this checkpoint, and whether that fits.
+
+Decides from headers alone, before a weight is read. Must never know the engine or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from camelid.checkpoint import Checkpoint
+from camelid.errors import CapacityError
+from camelid.options import LoadOptions
+from camelid.report import KV_ELEMENT_BYTES, Report, inspect, kv_report, show_bytes
+
+__all__ = ["LoadPlan", "make_plan", "require_fit"]
+
+# Quantised weights from which "auto" computes fast. Smaller ones fit a processor's caches and run
+# at thousands of tokens a second as they are: there is nothing to gain for the exactness lost.
+FAST_FROM_BYTES = 64 << 20
+_SMALLER = ("bf16", "int8", "int4")  # values of weights=, the most exact first
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How a checkpoint is held and computed; nothing is "auto" any more but weights as stored."""
+
+    weights: str  # auto (as stored) | bf16 | int8 | int4
+    compute: str  # exact | fast
+    head: str  # stored | int8
+    kv_cache: str
+
+
+def make_plan(checkpoint: Checkpoint, options: LoadOptions) -> LoadPlan:
+    """Decide what `options` leave open."""
+    report = inspect(checkpoint, weights=options.weights)
+    quantised = sum(part.quantised_bytes for part in report.parts.values())
+    compute = options.compute
+    if compute == "auto":
+        compute = "fast" if quantised >= FAST_FROM_BYTES else "exact"
+    head = options.head
+    if head == "auto":
+        head = "int8" if compute == "fast" and _is_int4(report, options.weights) else "stored"
+    kv_cache = options.kv_cache
+    if kv_cache == "auto":
+        kv_cache = "bf16" if compute == "fast" else "f32"
+    return LoadPlan(options.weights, compute, head, kv_cache)
+
+
+def _is_int4(report: Report, weights: str) -> bool:
+    return weights == "int4" or (weights == "auto" and "INT4" in report.stored_as)
+
+
+def require_fit(
+    checkpoint: Checkpoint, plan: LoadPlan, *, limit_bytes: int, limit_is_wish: bool
+) -> None:
+    """Refuse weights that will not fit beside one page of KV cache.
+
+    Raises:
+        CapacityError: Saying what is needed, what there is, and which choices would fit.
+    """
+    one_page = kv_report(checkpoint.config, KV_ELEMENT_BYTES[plan.kv_cache]).bytes_for(1)
+
+    def needed(plan: LoadPlan) -> int:
+        return inspect(checkpoint, weights=plan.weights, head=plan.head).loaded_bytes + one_page
+
+    if needed(plan) <= limit_bytes:
+        return
+    sizes = {name: needed(replace(plan, weights=name)) for name in _SMALLER}
+    fitting = [name for name, size in sizes.items() if size <= limit_bytes]
+    if fitting:
+        advice = f'weights="{fitting[0]}" takes {show_bytes(sizes[fitting[0]])} and would fit.'
+    else:
+        least = min([needed(plan), *sizes.values()])
+        advice = f"The smallest choice of weights= takes {show_bytes(least)}."
+    there = "memory= allows" if limit_is_wish else "this process may still take"
+    raise CapacityError(
+        f"[memory] {checkpoint.folder} with weights={plan.weights} takes "
+        f"{show_bytes(needed(plan))}, {there} {show_bytes(limit_bytes)}. {advice}"
+    )
