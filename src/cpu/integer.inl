@@ -71,8 +71,19 @@ inline __attribute__((always_inline)) void add_int_words(IntegerTile<F, R, P>& t
   }
 }
 
+// The words that will be wanted next, and how many lines of them to ask for with each block.
+struct Ahead {
+  const std::uint32_t* words;
+  std::int64_t lines_per_block;
+  void fetch() {
+    for (std::int64_t i = 0; i < lines_per_block; ++i, words += kLanes) {
+      __builtin_prefetch(words, 0, 2);
+    }
+  }
+};
+
 template <WeightFormat F, bool kZeros, int R, int P>
-void integer_tile(const MatmulTask& task, std::int64_t row, std::int64_t panel) {
+void integer_tile(const MatmulTask& task, std::int64_t row, std::int64_t panel, Ahead& ahead) {
   constexpr std::int32_t kHalf = 1 << (Packing<F>::kBits - 1);
   constexpr std::int64_t kPerWord = Packing<F>::kPerWord;
   const Segment& w = *task.w;
@@ -96,6 +107,7 @@ void integer_tile(const MatmulTask& task, std::int64_t row, std::int64_t panel) 
   for (int p = 0; p < P; ++p) t.words[p] = panel_words(w, panel + p);
   for (std::int64_t b = 0; b < x.n_blocks; ++b) {
     const std::int64_t group = b * x.block / w.group_size;
+    ahead.fetch();
     for (int p = 0; p < P; ++p) {
       Ints zeros = Ints::set(kHalf);
       if constexpr (kZeros)
@@ -134,53 +146,38 @@ void integer_tile(const MatmulTask& task, std::int64_t row, std::int64_t panel) 
 // Panels [first, last) of n_rows <= R rows.
 template <WeightFormat F, bool kZeros, int R>
 void integer_rows(const MatmulTask& task, std::int64_t row, std::int64_t n_rows, std::int64_t first,
-                  std::int64_t last) {
+                  std::int64_t last, Ahead& ahead) {
   if constexpr (R > 1) {
-    if (n_rows < R) return integer_rows<F, kZeros, R - 1>(task, row, n_rows, first, last);
+    if (n_rows < R) return integer_rows<F, kZeros, R - 1>(task, row, n_rows, first, last, ahead);
   }
   // One row is bound by memory, which likes to be read in one stream.
   constexpr int kPanels = R == 1 ? 1 : kIntegerPanels;
   std::int64_t panel = first;
   for (; panel + kPanels <= last; panel += kPanels) {
-    integer_tile<F, kZeros, R, kPanels>(task, row, panel);
+    integer_tile<F, kZeros, R, kPanels>(task, row, panel, ahead);
   }
   if constexpr (kPanels > 1) {
-    for (; panel < last; ++panel) integer_tile<F, kZeros, R, 1>(task, row, panel);
+    for (; panel < last; ++panel) integer_tile<F, kZeros, R, 1>(task, row, panel, ahead);
   }
 }
 
-// Asks for the `part`th of `n_parts` parts of the words of some panels, which come to the second
-// cache while others are multiplied.
-inline void fetch_words(const Segment& w, std::int64_t panel, std::int64_t n_panels,
-                        std::int64_t part, std::int64_t n_parts) {
-  const std::int64_t n_lines = n_panels * w.n_words;
-  const std::uint32_t* words = panel_words(w, panel);
-  for (std::int64_t i = n_lines * part / n_parts; i < n_lines * (part + 1) / n_parts; ++i) {
-    __builtin_prefetch(words + i * kLanes, 0, 2);
-  }
-}
-
-// Rows in passes as even as may be. The first pass over a few panels reads their words from memory,
-// the others from the cache, and those fetch the next panels' where they are many: a few passes
-// would ask for more lines at once than a core can wait for.
-constexpr std::int64_t kManyPasses = 12;
-
+// Rows in passes as even as may be over a few panels, whose words come from memory once: each block
+// of each pass asks for a share of the next panels' words.
 template <WeightFormat F, bool kZeros>
 void integer_all(const MatmulTask& task, std::int64_t first, std::int64_t last) {
+  const Segment& w = *task.w;
   const std::int64_t passes = (task.n_rows + kIntegerRows - 1) / kIntegerRows;
   const std::int64_t step = (task.n_rows + passes - 1) / passes;
-  const std::int64_t width = passes == 1 ? last - first : kIntegerPanels;
+  const std::int64_t width = task.n_rows == 1 ? last - first : kIntegerPanels;
   for (std::int64_t panel = first; panel < last; panel += width) {
-    const std::int64_t next = least(panel + width, last);
-    for (std::int64_t pass = 0; pass < passes; ++pass) {
-      if (pass > 0 && passes > kManyPasses) {
-        fetch_words(*task.w, next, least(width, last - next), pass - 1, passes - 1);
-      }
-      const std::int64_t row = pass * step;
-      const std::int64_t n_rows = least(step, task.n_rows - row);
-      if (n_rows > 0) {
-        integer_rows<F, kZeros, kIntegerRows>(task, row, n_rows, panel, next);
-      }
+    const std::int64_t end = least(panel + width, last);
+    // A single pass meets its words in the order the hardware foresees.
+    const std::int64_t n_lines = passes == 1 ? 0 : least(width, last - end) * w.n_words;
+    const std::int64_t n_blocks = passes * task.x8->n_blocks;
+    Ahead ahead{panel_words(w, end), (n_lines + n_blocks - 1) / n_blocks};
+    for (std::int64_t row = 0; row < task.n_rows; row += step) {
+      integer_rows<F, kZeros, kIntegerRows>(task, row, least(step, task.n_rows - row), panel, end,
+                                            ahead);
     }
   }
 }

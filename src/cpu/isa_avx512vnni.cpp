@@ -22,7 +22,7 @@ namespace {
 #include "cpu/simd_avx512.h"
 
 // 24 of 32 registers accumulate, 4 hold weights, 1 an input.
-constexpr int kIntegerRows = 5;
+constexpr int kIntegerRows = 6;
 constexpr int kIntegerPanels = 4;
 
 #include "cpu/panels.inl"
