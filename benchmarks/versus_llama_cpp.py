@@ -24,12 +24,12 @@ from statistics import median
 from typing import Any
 
 from tqdm import tqdm
-from versus import machine, peer, report
-from versus.rows import Row, all_rows
-from versus.sides import Camelid, NoAnswer, Peer
 
 import camelid
 from camelid import _core
+from versus import machine, peer, report
+from versus.rows import Row, all_rows
+from versus.sides import Camelid, NoAnswer, Peer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "versus"
@@ -58,7 +58,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache", default="bf16,int8", help="camelid's; all but the first only "
                         "where there is a depth (default bf16,int8)")  # fmt: skip
     parser.add_argument("--camelid-flags", default="", help="more flags of `camelid bench`")
-    parser.add_argument("--peaks", type=Path, help="benchmarks/cpp's program, to measure the peaks")
+    built = next(iter(sorted((ROOT / "build").glob("**/camelid_benchmarks"))), None)
+    parser.add_argument(
+        "--peaks",
+        type=Path,
+        default=built,
+        help="benchmarks/cpp's program (default: one in build/)",
+    )
     parser.add_argument("--note", default="", help="part of the result's name")
     return parser.parse_args()
 

@@ -46,7 +46,12 @@ def measure_peaks(threads: int, program: Path | None) -> dict[str, Any]:
     if program is None:
         return {"measured_by": "numpy sum (stand-in)", "read_gb_s": numpy_read_gb_s(threads)}
     done = subprocess.run(
-        [str(program), f"--threads={threads}", "--benchmark_format=json"],
+        [
+            str(program),
+            f"--threads={threads}",
+            "--benchmark_filter=^peak_",
+            "--benchmark_format=json",
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -58,7 +63,7 @@ def parse_peaks(report: dict[str, Any]) -> dict[str, float]:
     """Take the peaks of all threads out of Google Benchmark's report."""
     peaks: dict[str, float] = {}
     for entry in report["benchmarks"]:
-        name = entry["name"].split("/")[0]
+        name = entry["name"].removeprefix("peak_").split("/")[0]
         for counter, unit in (("GB/s", "gb_s"), ("GOP/s", "gop_s")):
             if counter in entry:
                 key = f"{name}_{unit}"
