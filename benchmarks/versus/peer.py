@@ -42,9 +42,10 @@ def download(work: Path) -> Path:
     if folder.exists():
         return folder
     work.mkdir(parents=True, exist_ok=True)
-    wanted = f"{PACKAGE.replace('_', '-')}=={VERSION}"
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-    run(*pip, "--dest", work, wanted)
+    name = PACKAGE.replace("_", "-")
+    # Not ":all:", which would compile the tools of the build too.
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name]
+    run(*pip, "--dest", work, f"{name}=={VERSION}")
     with tarfile.open(work / f"{folder.name}.tar.gz") as archive:
         archive.extractall(work, filter="data")
     return folder
