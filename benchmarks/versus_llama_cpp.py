@@ -15,10 +15,12 @@ import argparse
 import dataclasses
 import datetime
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,6 +57,10 @@ def arguments() -> argparse.Namespace:
         ("--batched-flags", "NAME=flags for its llama-batched-bench"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar="NAME=...", help=text)
+    parser.add_argument(
+        "--random-tokens", action="append", default=[], metavar="NAME",
+        help="that peer's llama-batched-bench is patched to feed different tokens to its sequences",
+    )  # fmt: skip
     parser.add_argument("--kv-cache", default="bf16,int8", help="camelid's; all but the first only "
                         "where there is a depth (default bf16,int8)")  # fmt: skip
     parser.add_argument("--camelid-flags", default="", help="more flags of `camelid bench`")
@@ -99,15 +105,18 @@ def all_sides(args: argparse.Namespace) -> list[Camelid | Peer]:
     peers = by_name("--peer", args.peer) or {"llama.cpp": str(peer.build_llama_cpp(WORK))}
     flags = by_name("--flags", args.flags)
     batched = by_name("--batched-flags", args.batched_flags)
-    for name in {*flags, *batched} - {*peers}:
+    for name in {*flags, *batched, *args.random_tokens} - {*peers}:
         sys.exit(f"[versus] flags are given for {name}, which no --peer names.")
     for name, path in peers.items():
         if not Path(path).exists():
             sys.exit(f"[versus] --peer {name}: {path} is not there.")
+        has_depth = peer.has_depth(Path(path))
         sides.append(
             Peer(
-                name, Path(path).resolve(), args.gguf, args.threads, peer.has_depth(Path(path)),
+                name, Path(path).resolve(), args.gguf, args.threads, has_depth,
                 flags.get(name, ""), batched.get(name, ""),
+                # Those without -d left llama.cpp before its batched bench drew tokens at random.
+                batches_one_token=not has_depth and name not in args.random_tokens,
             )
         )  # fmt: skip
     return sides
@@ -148,40 +157,49 @@ def run_turn(side: Camelid | Peer, row: Row) -> list[float]:
     return side.speeds(row, outputs)
 
 
-def measure(sides: list[Camelid | Peer], rows: list[Row]) -> list[dict[str, Any]]:
-    """Run everything; in a row the sides take turns."""
+def measure(sides: list[Camelid | Peer], rows: list[Row]) -> Iterator[list[dict[str, Any]]]:
+    """Run everything; yield each row's results, one per side, when the row is done."""
     total = sum(
         expected_seconds(row) * row.n_turns for row in rows for side in sides if side.runs(row)
     )
     print(f"[versus] {len(rows)} rows, {len(sides)} sides: about {total / 60:.0f} minutes")
-    results = []
     with tqdm(total=round(total), unit="s", bar_format="{l_bar}{bar}| {elapsed} {desc}") as bar:
         for row in rows:
-            found = {
-                side.name: {
-                    "row": row.name, "side": side.name, "runs": [], "failed": None, "seconds": 0.0
-                }
-                for side in sides if side.runs(row)
-            }  # fmt: skip
+            taking_part = [side for side in sides if side.runs(row)]
+            found = [new_result(row, side) for side in taking_part]
             for _ in range(row.n_turns):
-                for side in sides:
-                    if side.name not in found:
-                        continue
+                for side, result in zip(taking_part, found, strict=True):
                     bar.set_description(f"{row.name}, {side.name}")
-                    result = found[side.name]
-                    started = time.monotonic()
-                    if not result["failed"]:
-                        try:
-                            result["runs"] += run_turn(side, row)
-                        except NoAnswer as error:
-                            result["failed"] = str(error)
-                            tqdm.write(f"[versus] {row.name}, {side.name}: {error}")
-                    result["seconds"] += round(time.monotonic() - started, 1)
+                    take_turn(side, row, result)
                     bar.update(round(expected_seconds(row)))
-            results += found.values()
-            shown = [f"{name} {report_median(one)}" for name, one in found.items()]
+            shown = [f"{one['side']} {report_median(one)}" for one in found]
             tqdm.write(f"{row.name}: {', '.join(shown)}")
-    return results
+            yield found
+
+
+def new_result(row: Row, side: Camelid | Peer) -> dict[str, Any]:
+    return {"row": row.name, "side": side.name, "runs": [], "failed": None, "busy": []}
+
+
+def take_turn(side: Camelid | Peer, row: Row, result: dict[str, Any]) -> None:
+    """Add a turn's runs, or why there are none; a side that failed in a row is not asked again."""
+    if result["failed"]:
+        return
+    started, cpu_started = time.monotonic(), children_seconds()
+    try:
+        result["runs"] += run_turn(side, row)
+    except NoAnswer as error:
+        result["failed"] = str(error)
+        tqdm.write(f"[versus] {row.name}, {side.name}: {error}")
+    # Processor seconds per second and thread, loading included: far less than in other turns means
+    # that the machine did something else.
+    wall = time.monotonic() - started
+    result["busy"].append(round((children_seconds() - cpu_started) / wall / side.threads, 2))
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def report_median(result: dict[str, Any]) -> str:
@@ -208,22 +226,27 @@ def main() -> None:
     sides = all_sides(args)
     config = make_model(args)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    record = {
+    shape = "Scout" if config["interleave_moe_layer_step"] == 1 else "Maverick"
+    record: dict[str, Any] = {
         "benchmark": "versus_llama_cpp",
         "date": date,
         "version": camelid.__version__,
-        "model": f"{config['num_hidden_layers']} layers of Scout's shape, "
+        "model": f"{config['num_hidden_layers']} layers of {shape}'s shape, "
         f"{config['num_local_experts']} experts, vocabulary {config['vocab_size']}",
         "config": config,
         "machine": machine.describe(args.threads, args.peaks),
         "sides": [describe_side(side) for side in sides],
         "row_sizes": {row.name: dataclasses.asdict(row) for row in rows},
-        "rows": measure(sides, rows),
+        "rows": [],
     }
     name = f"{date}-versus-llama-cpp" + (f"-{args.note}" if args.note else "")
     folder = ROOT / "benchmarks" / "results"
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(report.markdown(record), encoding="utf-8")
+    for found in measure(sides, rows):
+        record["rows"] += found
+        # After each row: an hour's numbers survive what happens in the next.
+        text = json.dumps(record, indent=1) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        (folder / f"{name}.md").write_text(report.markdown(record), encoding="utf-8")
     print(report.ratio_table(record))
     for text in report.failures(record):
         print(f"not measured: {text}")

@@ -63,6 +63,9 @@ class Peer:
     has_depth: bool = True  # llama-bench -d; ik_llama.cpp has -gp instead
     flags: str = ""  # for llama-bench
     batched_flags: str = ""  # for llama-batched-bench, whose flags are spelled differently
+    # ik_llama.cpp's llama-batched-bench feeds token 0 to all sequences, so that one expert of each
+    # layer works for all of them; llama.cpp's and ours feed different ones.
+    batches_one_token: bool = False
     kv_bytes: float = 2.0
 
     def runs(self, row: Row) -> bool:
@@ -71,6 +74,8 @@ class Peer:
 
     def commands(self, row: Row) -> list[list[str]]:
         """Return the commands that measure a row once over."""
+        if row.n_batch > 1 and self.batches_one_token:
+            raise NoAnswer("its llama-batched-bench feeds one token to all sequences: one expert")
         if row.n_batch > 1:
             return [self._batched(row)]
         if row.n_prompt and row.depth and not self.has_depth:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ def test_a_batch_goes_to_the_program_beside() -> None:
     assert int(options(command)["-c"]) >= 8 * (16 + 32)
     assert command[-1] == "-rtr"
     assert IK.speeds(ROWS["b8"], [TABLE]) == [77.8]
+    with pytest.raises(NoAnswer, match="one expert"):
+        replace(IK, batches_one_token=True).commands(ROWS["b8"])
     with pytest.raises(NoAnswer, match="no row"):
         IK.speeds(ROWS["b32"], [TABLE])
     with pytest.raises(NoAnswer, match="no table"):
