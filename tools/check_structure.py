@@ -16,8 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Where the quoted includes of a folder may lead: src <- cuda <- csrc.
-MAY_INCLUDE = {"src": ["src"], "cuda": ["src", "cuda"], "csrc": ["src", "csrc"]}
+# Where the quoted includes of a folder may lead: src <- cuda <- csrc, src <- benchmarks/cpp.
+MAY_INCLUDE = {
+    "src": ["src"],
+    "cuda": ["src", "cuda"],
+    "csrc": ["src", "csrc"],
+    "benchmarks/cpp": ["src", "benchmarks/cpp"],
+}
 
 # A pattern and the one folder it may appear in.
 BELONGS = [

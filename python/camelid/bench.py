@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from statistics import median
 from typing import TYPE_CHECKING
@@ -47,11 +48,19 @@ class Case:
         """Tokens one run is timed over."""
         return (self.n_prompt or self.n_answer) * self.n_batch
 
-    @property
-    def n_context(self) -> int:
-        """Tokens each sequence holds at the end."""
+    def runs_per_context(self, n_runs: int) -> int:
+        """Return how many of `n_runs` answers follow each other behind one reading of the depth.
+
+        All of them where they add at most an eighth to it: reading tens of thousands of tokens
+        again for every run would take minutes. Else one. Prompts always start anew.
+        """
+        return n_runs if self.n_answer * n_runs * 8 <= self.depth and self.n_answer else 1
+
+    def n_context(self, n_runs: int) -> int:
+        """Return the tokens each sequence holds at the end of a measurement of `n_runs` runs."""
         # An answer needs something to follow: one token where there is no depth.
-        return self.depth + self.n_prompt if self.n_prompt else max(self.depth, 1) + self.n_answer
+        before = self.depth if self.n_prompt else max(self.depth, 1)
+        return before + self.n_prompt + self.n_answer * self.runs_per_context(n_runs)
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Row:
     """The runs of one case."""
 
     case: Case
-    tokens_per_second: list[float] = field(default_factory=list)
+    tokens_per_second: list[float]
 
     @property
     def median(self) -> float:
@@ -88,40 +97,58 @@ def measure(
 ) -> Iterator[Row]:
     """Yield a row for each case, after one run of it that does not count."""
     for case in what:
-        row = Row(case)
-        for repeat in range(repeats + 1):
-            seconds = _run(core, vocab_size, case)
-            progress()
-            if repeat > 0:
-                row.tokens_per_second.append(case.n_tokens / seconds)
-        yield row
+        seconds: list[float] = []
+        while len(seconds) <= repeats:
+            with _context(core, vocab_size, case) as context:
+                for _ in range(case.runs_per_context(repeats + 1)):
+                    seconds.append(context.run())
+                    progress()
+        yield Row(case, [case.n_tokens / each for each in seconds[1:]])
 
 
-def _run(core: _core.Engine, vocab_size: int, case: Case) -> float:
-    """Return the seconds of one run."""
+@dataclass
+class _Context:
+    """Open sequences that hold the case's depth, and what comes next in each."""
+
+    core: _core.Engine
+    case: Case
+    sequences: list[int]
+    tokens: NDArray[np.int32]  # [n_batch]: the next token of each
+    prompt: NDArray[np.int32]  # [n_prompt]
+
+    def run(self) -> float:
+        """Return the seconds of one run."""
+        started = time.perf_counter()
+        if self.case.n_prompt:
+            _read(self.core, self.sequences[0], self.prompt)
+        else:
+            self.tokens = _write(self.core, self.sequences, self.tokens, self.case.n_answer)
+        return time.perf_counter() - started
+
+
+@contextmanager
+def _context(core: _core.Engine, vocab_size: int, case: Case) -> Iterator[_Context]:
+    """Open the sequences of a case and read what comes before the measured part."""
     from camelid import _core
 
     rng = np.random.default_rng(0)
-    length = case.n_context - case.n_answer  # of what is read
-    prompts = rng.integers(0, vocab_size, (case.n_batch, length), np.int32)
-    sequences: list[int] = []
+    n_before = case.n_context(1) - case.n_prompt - case.n_answer
+    before = rng.integers(0, vocab_size, (case.n_batch, n_before), np.int32)
+    context = _Context(
+        core,
+        case,
+        sequences=[],
+        tokens=np.zeros(case.n_batch, np.int32),
+        prompt=rng.integers(0, vocab_size, case.n_prompt, np.int32),
+    )
     try:
-        greedy = _core.SamplerParams(temperature=0.0)
-        while len(sequences) < case.n_batch:  # one by one: each that is open will be closed
-            sequences.append(core.open_sequence(greedy))
-        tokens = np.zeros(case.n_batch, np.int32)
-        for place, sequence in enumerate(sequences):
-            if case.depth or case.n_answer:
-                before = prompts[place, : length - case.n_prompt]
-                tokens[place] = _read(core, sequence, before)
-        started = time.perf_counter()
-        if case.n_prompt:
-            _read(core, sequences[0], prompts[0, case.depth :])
-        else:
-            _write(core, sequences, tokens, case.n_answer)
-        return time.perf_counter() - started
+        for place in range(case.n_batch):  # one by one: each that is open will be closed
+            context.sequences.append(core.open_sequence(_core.SamplerParams(temperature=0.0)))
+            if n_before:
+                context.tokens[place] = _read(core, context.sequences[place], before[place])
+        yield context
     finally:
-        for sequence in sequences:
+        for sequence in context.sequences:
             core.close_sequence(sequence)
 
 
@@ -143,10 +170,11 @@ def _read(core: _core.Engine, sequence: int, tokens: NDArray[np.int32]) -> int:
 
 def _write(
     core: _core.Engine, sequences: list[int], tokens: NDArray[np.int32], n_steps: int
-) -> None:
-    """Generate `n_steps` tokens in every sequence at once."""
+) -> NDArray[np.int32]:
+    """Generate `n_steps` tokens in every sequence at once; return the last ones."""
     each = np.array(sequences, np.int64)
     ones, outputs = np.ones(len(each), np.int32), np.ones(len(each), np.uint8)
     for _ in range(n_steps):
         result = core.step(each, ones, tokens, outputs)
         tokens = np.array([sampled.token for sampled in result.sampled], np.int32)
+    return tokens

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 import camelid
-from camelid.bench import Case, cases
+from camelid.bench import Case, cases, measure
 from camelid.cli import main
 from camelid.commands.chat import Conversation
 from camelid.report import KvReport
 from checkpoints import write_checkpoint
+from fake_core import VOCAB, FakeCore
 
 DEMO = str(camelid.demo_model_path())
 CPU = ["--device", "cpu", "--threads", "1", "--memory", "256MiB"]
@@ -176,7 +177,7 @@ def test_bench_names_rows_as_llama_bench_does(folder: str, capsys: Any) -> None:
     assert names == [
         "pp512", "pp512 @ d4096", "tg128", "tg128 @ b8", "tg128 @ d4096", "tg128 @ d4096 @ b8",
     ]  # fmt: skip
-    assert Case(0, 128).n_context == 129
+    assert Case(0, 128).n_context(6) == 129
     sizes = ["-p", "20", "-n", "3", "-d", "0,30", "-b", "1,2", "-r", "2"]
     assert main(["bench", folder, *sizes, "--json", *CPU]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -190,6 +191,24 @@ def test_bench_names_rows_as_llama_bench_does(folder: str, capsys: Any) -> None:
     for wrong in (["-r", "0"], ["-p", "x"], ["-b", "0"], ["-d", "99999999999"]):
         assert main(["bench", folder, *wrong, *CPU]) == 1
         assert wrong[0] in capsys.readouterr().err
+
+
+def test_bench_reads_a_long_depth_once() -> None:
+    case = Case(0, 4, depth=100, n_batch=2)
+    assert case.runs_per_context(3) == 3
+    assert case.n_context(3) == 112
+    assert case.runs_per_context(4) == 1  # 16 tokens more would be over an eighth
+    assert Case(8, 0, depth=100).runs_per_context(3) == 1
+
+    core = FakeCore()
+    (row,) = measure(core, VOCAB, [case], repeats=2)  # type: ignore[arg-type]
+    assert len(row.tokens_per_second) == 2
+    assert core.sequences == {}  # all closed
+    read = [step for step in core.steps if step[0][1] > 1]
+    assert [step[0][1:] for step in read] == [(100, 1), (100, 1)]
+    written = core.steps[len(read) :]
+    assert len(written) == 12
+    assert all([entry[1:] for entry in step] == [(1, 1), (1, 1)] for step in written)
 
 
 def test_the_demo_answers_about_a_text_it_never_saw(capsys: Any) -> None:

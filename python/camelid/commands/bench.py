@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     wanted = LoadOptions.parse(**load_options(options))
     with Checkpoint.open(find_folder(options.model)) as checkpoint:
         loaded = load(checkpoint, wanted, max_step_tokens=512, progress=shows_progress())
-    _check_fit(loaded.core, what)
+    _check_fit(loaded.core, what, options.repeats + 1)
     record = {
         "version": camelid.__version__,
         "model": str(options.model),
@@ -68,7 +68,12 @@ def run(options: argparse.Namespace) -> int:
             )
         )
     if options.json:
-        print(json.dumps({**record, "rows": [_row_record(row) for row in rows]}, indent=2))
+        print(
+            json.dumps(
+                {**record, "rows": [_row_record(row, options.repeats + 1) for row in rows]},
+                indent=2,
+            )
+        )
         return 0
     print(
         f"{record['model']}, {record['device']}, {record['compute']}, KV cache {record['kv_cache']}"
@@ -85,12 +90,12 @@ def _numbers(flag: str, text: str) -> list[int]:
     return [0 if value == "0" else parse_count(flag, value) for value in values]
 
 
-def _check_fit(core: Any, what: list[Case]) -> None:
+def _check_fit(core: Any, what: list[Case], n_runs: int) -> None:
     limit = core.memory()["kv_limit_bytes"]
     for case in what:
         if case.n_batch < 1:
             raise InvalidRequest("[bench] -b holds a 0, expected at least one sequence.")
-        needed = core.kv_bytes_for(case.n_context) * case.n_batch
+        needed = core.kv_bytes_for(case.n_context(n_runs)) * case.n_batch
         if needed > limit:
             raise InvalidRequest(
                 f"[bench] {case.name} needs {needed} bytes of KV cache, {limit} exist. Choose a "
@@ -98,13 +103,14 @@ def _check_fit(core: Any, what: list[Case]) -> None:
             )
 
 
-def _row_record(row: Row) -> dict[str, Any]:
+def _row_record(row: Row, n_runs: int) -> dict[str, Any]:
     return {
         "test": row.case.name,
         "n_prompt": row.case.n_prompt,
         "n_gen": row.case.n_answer,
         "depth": row.case.depth,
         "batch": row.case.n_batch,
+        "runs_per_context": row.case.runs_per_context(n_runs),
         "tokens_per_second": row.tokens_per_second,
         "median": row.median,
     }
