@@ -167,7 +167,6 @@ template <WeightFormat F, bool kZeros>
 void integer_all(const MatmulTask& task, std::int64_t first, std::int64_t last) {
   const Segment& w = *task.w;
   const std::int64_t passes = (task.n_rows + kIntegerRows - 1) / kIntegerRows;
-  const std::int64_t step = (task.n_rows + passes - 1) / passes;
   const std::int64_t width = task.n_rows == 1 ? last - first : kIntegerPanels;
   for (std::int64_t panel = first; panel < last; panel += width) {
     const std::int64_t end = least(panel + width, last);
@@ -175,9 +174,11 @@ void integer_all(const MatmulTask& task, std::int64_t first, std::int64_t last) 
     const std::int64_t n_lines = passes == 1 ? 0 : least(width, last - end) * w.n_words;
     const std::int64_t n_blocks = passes * task.x8->n_blocks;
     Ahead ahead{panel_words(w, end), (n_lines + n_blocks - 1) / n_blocks};
-    for (std::int64_t row = 0; row < task.n_rows; row += step) {
-      integer_rows<F, kZeros, kIntegerRows>(task, row, least(step, task.n_rows - row), panel, end,
-                                            ahead);
+    std::int64_t row = 0;
+    for (std::int64_t pass = 0; pass < passes; ++pass) {
+      const std::int64_t next_row = task.n_rows * (pass + 1) / passes;
+      integer_rows<F, kZeros, kIntegerRows>(task, row, next_row - row, panel, end, ahead);
+      row = next_row;
     }
   }
 }

@@ -295,6 +295,7 @@ std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
     }
   }
   matrix->activation_block = activation_block(matrix->segments);
+  for (const PackOptions& o : options) matrix->precise = matrix->precise || o.precise;
   std::vector<Scratch> scratch(static_cast<std::size_t>(pool.n_threads()));
   pool.parallel_for(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
     const auto& [job, panel] = tasks[static_cast<std::size_t>(i)];

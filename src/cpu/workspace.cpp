@@ -9,19 +9,29 @@
 namespace camelid::cpu {
 namespace {
 
-// Tasks per thread: the last one to finish idles the others for at most an eighth of its share.
-constexpr std::int64_t kTasksPerThread = 8;
+// Tasks per thread: the last one to finish idles the others for at most a sixteenth of its share.
+constexpr std::int64_t kTasksPerThread = 16;
 // Panels a kernel multiplies at once: cutting between multiples of it wastes no vector.
 constexpr std::int64_t kPanelStep = 4;
+// Reading a weight from memory takes about as long as this many rows take to multiply by it.
+constexpr std::int64_t kReadRows = 12;
 // Below this many multiplications, waking a thread costs more than it saves.
 constexpr std::int64_t kWorthSharing = 1 << 17;
 // Rows below which unpacking weights for one task again costs more than a thread gains.
 constexpr std::int64_t kRowStep = 48;
-// Values quantised by one task: less than this is not worth waking a thread for.
-constexpr std::int64_t kQuantiseValues = 1 << 15;
+// Values of one task that quantises rows: less than this is not worth waking a thread for.
+constexpr std::int64_t kRowValues = 1 << 15;
+// Panels multiplied by one term, then by the other while their words are in the cache.
+constexpr std::int64_t kTermPanels = 8;
 constexpr std::int64_t kLineBytes = 64;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// What one panel of a product takes, in the time of one input of one row: few rows are bound by
+// reading, many by multiplying.
+std::int64_t panel_cost(const Product& p) {
+  return p.n_rows == 0 ? 0 : p.w->in_dim * (p.n_rows + kReadRows);
+}
 
 }  // namespace
 
@@ -46,20 +56,20 @@ float* Workspace::scratch(int worker, std::size_t n) {
 }
 
 void Workspace::multiply(std::span<const Product> products) {
-  std::int64_t panels = 0;
   std::int64_t multiplications = 0;
+  std::int64_t cost = 0;
   for (const Product& p : products) {
-    if (p.n_rows == 0) continue;
-    panels += p.w->n_panels();
     multiplications += p.n_rows * p.w->in_dim * p.w->out_dim;
+    cost += p.w->n_panels() * panel_cost(p);
   }
   const bool share = multiplications >= kWorthSharing && pool.n_threads() > 1;
-  const std::int64_t n_tasks = share ? pool.n_threads() * kTasksPerThread : 1;
-  const std::int64_t step = ceil_div(ceil_div(panels, n_tasks), kPanelStep) * kPanelStep;
+  const std::int64_t task_cost = cost / (pool.n_threads() * kTasksPerThread) + 1;
   tasks_.clear();
   n_quantised_ = 0;
   for (const Product& p : products) {
-    if (p.n_rows > 0) cut(p, quantise(p), share ? step : p.w->n_panels());
+    if (p.n_rows == 0) continue;
+    const std::int64_t panels = task_cost / panel_cost(p) / kPanelStep * kPanelStep;
+    cut(p, quantise(p), share ? std::max(panels, kPanelStep) : p.w->n_panels());
   }
   if (share) {
     pool.parallel_for(static_cast<std::int64_t>(tasks_.size()), [this](std::int64_t i, int worker) {
@@ -70,19 +80,23 @@ void Workspace::multiply(std::span<const Product> products) {
   }
 }
 
-// The product's input as int8, made once for all products of a call that share it; null where the
-// product runs in float.
-const Int8Rows* Workspace::quantise(const Product& product) {
+Workspace::Terms Workspace::quantise(const Product& product) {
   const std::int64_t block = product.w->activation_block;
-  if (!int8_activations_ || block == 0) return nullptr;
+  const std::int64_t dim = product.w->in_dim;
+  if (!int8_activations_ || block == 0) return {};
+  Quantised& first = quantise(product.x, dim, block);
+  if (!product.w->precise) return {&first.rows, nullptr};
+  return {&first.rows, &quantise(rest_of(first, product.x, dim), dim, block).rows};
+}
+
+// Rows as int8, made once for all products of a call that share them.
+Workspace::Quantised& Workspace::quantise(const Rows& x, std::int64_t dim, std::int64_t block) {
   for (std::size_t i = 0; i < n_quantised_; ++i) {
-    const Quantised& q = *quantised_[i];
-    if (q.source == product.x.data && q.rows.block == block) return &q.rows;
+    Quantised& q = *quantised_[i];
+    if (q.source == x.data && q.rows.block == block) return q;
   }
   if (n_quantised_ == quantised_.size()) quantised_.push_back(std::make_unique<Quantised>());
   Quantised& q = *quantised_[n_quantised_++];
-  const Rows& x = product.x;
-  const std::int64_t dim = product.w->in_dim;
   const std::int64_t stride = ceil_div(dim, kLineBytes) * kLineBytes;
   const std::int64_t n_blocks = ceil_div(dim, block);
   const auto n_scales = static_cast<std::size_t>(x.n_rows * n_blocks);
@@ -91,18 +105,41 @@ const Int8Rows* Workspace::quantise(const Product& product) {
   float* scales = q.scales.at_least(n_scales);
   auto* sums = reinterpret_cast<std::int32_t*>(q.sums.at_least(n_scales));
   q.source = x.data;
+  q.has_rest = false;
   q.rows = {values, scales, sums, stride, block, n_blocks};
-  const std::int64_t step = std::max<std::int64_t>(1, kQuantiseValues / dim);
-  pool.parallel_for(ceil_div(x.n_rows, step), [&](std::int64_t task, int) {
-    for (std::int64_t r = task * step; r < std::min((task + 1) * step, x.n_rows); ++r) {
-      kernels.quantize_row(values + r * stride, scales + r * n_blocks, sums + r * n_blocks,
-                           x.data + r * x.stride, dim, block);
-    }
+  for_rows(x.n_rows, dim, [&](std::int64_t r) {
+    kernels.quantize_row(values + r * stride, scales + r * n_blocks, sums + r * n_blocks,
+                         x.data + r * x.stride, dim, block);
   });
-  return &q.rows;
+  return q;
 }
 
-void Workspace::cut(const Product& product, const Int8Rows* x8, std::int64_t panel_step) {
+Rows Workspace::rest_of(Quantised& q, const Rows& x, std::int64_t dim) {
+  float* rest = q.rest.at_least(static_cast<std::size_t>(x.n_rows * dim));
+  if (!q.has_rest) {
+    for_rows(x.n_rows, dim, [&](std::int64_t r) {
+      const std::int8_t* values = q.rows.values + r * q.rows.stride;
+      const float* scales = q.rows.scales + r * q.rows.n_blocks;
+      for (std::int64_t i = 0; i < dim; ++i) {
+        rest[r * dim + i] =
+            x.data[r * x.stride + i] - static_cast<float>(values[i]) * scales[i / q.rows.block];
+      }
+    });
+    q.has_rest = true;
+  }
+  return {rest, x.n_rows, dim};
+}
+
+// Runs task(row) for every row, several rows to a thread's task.
+template <class RowTask>
+void Workspace::for_rows(std::int64_t n_rows, std::int64_t dim, RowTask task) {
+  const std::int64_t step = std::max<std::int64_t>(1, kRowValues / dim);
+  pool.parallel_for(ceil_div(n_rows, step), [&](std::int64_t i, int) {
+    for (std::int64_t r = i * step; r < std::min((i + 1) * step, n_rows); ++r) task(r);
+  });
+}
+
+void Workspace::cut(const Product& product, Terms x8, std::int64_t panel_step) {
   const std::int64_t n_panels = product.w->n_panels();
   const std::int64_t pieces = ceil_div(n_panels, panel_step);
   // Few panels and many rows (a router): cut the rows as well.
@@ -126,7 +163,6 @@ void Workspace::run(const Task& task, int worker) {
       const MatmulTask work{.w = &segment,
                             .x = p.x.data,
                             .x_stride = p.x.stride,
-                            .x8 = task.x8,
                             .rows = p.rows == nullptr ? nullptr : p.rows + task.first_row,
                             .first_row = p.first_row + task.first_row,
                             .n_rows = task.n_rows,
@@ -135,8 +171,8 @@ void Workspace::run(const Task& task, int worker) {
                             .accumulate = p.accumulate};
       const std::int64_t from = std::max<std::int64_t>(first, 0);
       const std::int64_t to = std::min(last, segment.n_panels);
-      if (task.x8 != nullptr) {
-        kernels.matmul_int8(work, from, to);
+      if (task.x8.first != nullptr) {
+        run_integer(work, task.x8, from, to);
       } else {
         kernels.matmul(work, from, to,
                        scratch(worker, kernels.matmul_scratch_floats(segment, task.n_rows)));
@@ -144,6 +180,21 @@ void Workspace::run(const Task& task, int worker) {
     }
     first -= segment.n_panels;
     last -= segment.n_panels;
+  }
+}
+
+void Workspace::run_integer(MatmulTask work, Terms x8, std::int64_t first, std::int64_t last) {
+  const bool accumulate = work.accumulate;
+  const std::int64_t step = x8.second == nullptr ? last - first : kTermPanels;
+  for (std::int64_t panel = first; panel < last; panel += step) {
+    const std::int64_t end = std::min(panel + step, last);
+    work.x8 = x8.first;
+    work.accumulate = accumulate;
+    kernels.matmul_int8(work, panel, end);
+    if (x8.second == nullptr) continue;
+    work.x8 = x8.second;
+    work.accumulate = true;
+    kernels.matmul_int8(work, panel, end);
   }
 }
 

@@ -66,16 +66,28 @@ class Workspace {
     const float* source = nullptr;
     Int8Rows rows;
     GrowingFloats values, scales, sums;
+    GrowingFloats rest;  // what the int8 values leave of the source, where somebody asked for it
+    bool has_rest = false;
+  };
+  // The terms of a product's input as int8; none where it runs in float.
+  struct Terms {
+    const Int8Rows* first = nullptr;
+    const Int8Rows* second = nullptr;
   };
   struct Task {
     const Product* product;
-    const Int8Rows* x8;  // null: multiply in float
+    Terms x8;
     std::int64_t first_panel, last_panel;
     std::int64_t first_row, n_rows;
   };
-  const Int8Rows* quantise(const Product& product);
-  void cut(const Product& product, const Int8Rows* x8, std::int64_t panel_step);
+  Terms quantise(const Product& product);
+  Quantised& quantise(const Rows& x, std::int64_t dim, std::int64_t block);
+  Rows rest_of(Quantised& q, const Rows& x, std::int64_t dim);
+  template <class RowTask>
+  void for_rows(std::int64_t n_rows, std::int64_t dim, RowTask task);
+  void cut(const Product& product, Terms x8, std::int64_t panel_step);
   void run(const Task& task, int worker);
+  void run_integer(MatmulTask work, Terms x8, std::int64_t first, std::int64_t last);
 
   bool int8_activations_;
   std::vector<std::unique_ptr<Quantised>> quantised_;  // the first n_quantised_ are in use

@@ -68,7 +68,8 @@ class Weights {
   std::size_t bytes() const { return bytes_; }
 
  private:
-  std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, WeightChoice choice);
+  std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, WeightChoice choice,
+                               bool precise = false);
   WeightChoice plain_choice() const;
   Mlp pack_mlp(const MlpSources& sources, std::int64_t ffn_dim);
   Buffer upload_norm(std::span<const float> values, const char* name);

@@ -57,6 +57,7 @@ struct LinearSource {
 struct PackOptions {
   WeightFormat format = WeightFormat::kF32;
   std::int64_t group_size = 128;
+  bool precise = false;  // where activations are quantised, keep these to twice the bits
 };
 
 }  // namespace camelid
