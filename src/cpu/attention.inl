@@ -11,12 +11,10 @@
 // A query is one row and one of the heads sharing the kv head: query = row * group + head. Tiles
 // only decide which queries share a load of keys and values. Every query has its own chain of
 // operations: over head_dim in order for a score, over its own visible keys in order for a strip's
-// product, strip after strip from key 0. Strips are cut from page starts. So its result is
-// bit-identical for every task, cut and batch.
+// product, strip after strip from the start of a piece (piece_start), and piece after piece. Strips
+// are cut from page and piece starts. So its result is bit-identical for every task, cut and batch.
 
 constexpr std::int64_t kStripKeys = 64;
-// Queries of a block: their sums at head_dim 128 are 64 KiB, which with a page stay inside L2.
-constexpr std::int64_t kBlockQueries = 128;
 // Accumulators a tile may hold, in Vecs: 24 of 32 registers on AVX-512; 6 pairs of 16 on AVX2; the
 // rest of the registers hold keys or values. alignof tells the three vector types apart.
 constexpr int kTileVecs = alignof(Vec) == 64 ? 24 : alignof(Vec) == 32 ? 6 : 2;
@@ -28,10 +26,14 @@ struct QueryBlock {
   std::int64_t head_dim;
   std::int64_t n_vecs;  // that cover head_dim
   std::int64_t n_queries;
-  float* q;       // [n_queries, head_dim], times head_dim^-0.5
-  float* sums;    // [n_queries, n_vecs * 16], vector j holding dims value_offset(j) + 0..15
-  float* maxima;  // [n_queries] largest score so far
-  float* totals;  // [n_queries] sum of weights so far
+  float* q;  // [n_queries, head_dim], times head_dim^-0.5
+};
+
+// What is known of each query's attention to the keys seen so far. One after the other in memory.
+struct Sums {
+  float* values;  // [n_queries, n_vecs * 16], vector j holding dims value_offset(j) + 0..15
+  float* maxima;  // [n_queries] largest score; -infinity while no key was seen
+  float* totals;  // [n_queries] sum of weights; 0 while no key was seen, else 1 or more, or NaN
 };
 
 // Rows of keys or values as they lie in a page.
@@ -200,14 +202,14 @@ void add_values(Tile& tile, int query, int run, const Panel<T>& values) {
 // Merges one strip into every query of the block that sees some of it. `first_visible` is the
 // number of keys query 0 sees of the strip (not clamped); each further row sees one more.
 template <class T>
-void attend_strip(const QueryBlock& block, const Strip<T>& strip, std::int64_t first_visible,
-                  std::int64_t group) {
+void attend_strip(const QueryBlock& block, const Sums& sums, const Strip<T>& strip,
+                  std::int64_t first_visible, std::int64_t group) {
   Tile tile;
   for (std::int64_t first = 0; first < block.n_queries; first += kTileQueries) {
     const std::int64_t left = block.n_queries - first;
     tile.n_queries = static_cast<int>(left < kTileQueries ? left : kTileQueries);
     tile.q = block.q + first * block.head_dim;
-    tile.sums = block.sums + first * block.n_vecs * kLanes;
+    tile.sums = sums.values + first * block.n_vecs * kLanes;
     for (int m = 0; m < tile.n_queries; ++m) {
       const std::int64_t seen = first_visible + (first + m) / group;
       tile.visible[m] = seen < 0 ? 0 : seen < strip.n_keys ? seen : strip.n_keys;
@@ -215,7 +217,7 @@ void attend_strip(const QueryBlock& block, const Strip<T>& strip, std::int64_t f
     const std::int64_t most = tile.visible[tile.n_queries - 1];
     if (most == 0) continue;
     score<kTileQueries>(tile, strip, block.head_dim, (most + kLanes - 1) / kLanes);
-    weigh(tile, block.maxima + first, block.totals + first);
+    weigh(tile, sums.maxima + first, sums.totals + first);
     for (int m = 0, end = 0; m < tile.n_queries; m = end) {
       while (end < tile.n_queries && tile.visible[end] == tile.visible[m]) ++end;
       if (tile.visible[m] == 0) continue;
@@ -235,19 +237,19 @@ void widen_values(T* wide, const T* values, std::int64_t n_keys, std::int64_t he
   }
 }
 
-// The strip that begins at key index `start` of the sequence.
+// The strip that begins at key index `start` of the sequence and ends before `end`.
 template <class T>
-Strip<T> find_strip(const AttendTask& task, std::int64_t start) {
+Strip<T> find_strip(const AttendTask& task, std::int64_t start, std::int64_t end) {
   const KvPages& pages = *task.pages;
   const std::int32_t page = task.span->pages[start / pages.page_size];
   const std::int64_t key = start % pages.page_size;
-  const std::int64_t left = pages.page_size - key;
+  std::int64_t n_keys = pages.page_size - key;
+  if (n_keys > kStripKeys) n_keys = kStripKeys;
+  if (n_keys > end - start) n_keys = end - start;
   const T* keys =
       reinterpret_cast<const T*>(kv_head_base(pages, page, task.kv_layer, task.kv_head));
   const T* values = keys + (pages.page_size + key) * pages.head_dim;
-  return {{keys + key, pages.page_size, 0},
-          {values, pages.head_dim, 0},
-          left < kStripKeys ? left : kStripKeys};
+  return {{keys + key, pages.page_size, 0}, {values, pages.head_dim, 0}, n_keys};
 }
 
 template <class T>
@@ -255,97 +257,155 @@ std::intptr_t bytes_between(const Panel<T>& from, const Panel<T>& to) {
   return reinterpret_cast<std::intptr_t>(to.rows) - reinterpret_cast<std::intptr_t>(from.rows);
 }
 
-// Every strip the block's rows may see, in order.
+inline std::int64_t group_of(const AttendTask& task) {
+  return task.n_heads / task.pages->n_kv_heads;
+}
+inline std::int64_t first_index_of(const AttendTask& task) {
+  return task.span->first_index + (task.first_row - task.span->first_row);
+}
+
+// Keys of one piece, strip by strip. `last_key`: where the task's keys end, up to which strips of
+// the next piece are fetched.
 template <class T>
-void attend_block(const AttendTask& task, const QueryBlock& block, std::int64_t first_row,
-                  std::int64_t group) {
-  const std::int64_t head_dim = block.head_dim;
-  const std::int64_t first_index = task.span->first_index + (first_row - task.span->first_row);
-  const std::int64_t n_keys = first_index + (block.n_queries + group - 1) / group;
+void attend_piece(const AttendTask& task, const QueryBlock& block, const Sums& sums,
+                  std::int64_t piece, std::int64_t last_key) {
+  const std::int64_t visible = first_index_of(task) + 1;  // to the block's first row
+  const std::int64_t next_piece = piece_start(piece + 1);
+  const std::int64_t end = next_piece < last_key ? next_piece : last_key;
   T wide[kStripKeys * kLanes];
-  Strip<T> next = find_strip<T>(task, 0);
-  for (std::int64_t start = 0; start < n_keys;) {
+  Strip<T> next = find_strip<T>(task, piece_start(piece), end);
+  for (std::int64_t start = piece_start(piece); start < end;) {
     Strip<T> strip = next;
-    const std::int64_t end = start + strip.n_keys;
-    if (end < n_keys) {
-      next = find_strip<T>(task, end);
+    const std::int64_t strip_end = start + strip.n_keys;
+    if (strip_end < last_key) {
+      next = find_strip<T>(task, strip_end, strip_end < end ? end : last_key);
       strip.keys.ahead = bytes_between(strip.keys, next.keys);
       strip.values.ahead = bytes_between(strip.values, next.values);
     }
-    if (head_dim < kLanes) {
-      widen_values(wide, strip.values.rows, strip.n_keys, head_dim);
+    if (block.head_dim < kLanes) {
+      widen_values(wide, strip.values.rows, strip.n_keys, block.head_dim);
       strip.values = {wide, kLanes, 0};
     }
-    attend_strip(block, strip, first_index + 1 - start, group);
-    start = end;
+    attend_strip(block, sums, strip, visible - start, group_of(task));
+    start = strip_end;
   }
 }
 
 inline std::int64_t vecs_of(const AttendTask& task) {
   return (task.pages->head_dim + kLanes - 1) / kLanes;
 }
+inline std::int64_t queries_of(const AttendTask& task) { return task.n_rows * group_of(task); }
 
-// A block takes whole rows, so that its queries' key counts rise row by row.
-inline std::int64_t block_rows(const AttendTask& task) {
-  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
-  const std::int64_t rows = kBlockQueries / group;
-  return rows < 1 ? 1 : rows < task.n_rows ? rows : task.n_rows;
+std::size_t attend_partial_floats(const AttendTask& task) {
+  return static_cast<std::size_t>(queries_of(task) * (vecs_of(task) * kLanes + 2));
 }
 
 std::size_t attend_scratch_floats(const AttendTask& task) {
-  const std::int64_t n_queries = block_rows(task) * (task.n_heads / task.pages->n_kv_heads);
-  return static_cast<std::size_t>(n_queries * (task.pages->head_dim + vecs_of(task) * kLanes + 2));
+  const std::size_t q = static_cast<std::size_t>(queries_of(task) * task.pages->head_dim);
+  return q + 2 * attend_partial_floats(task);
 }
 
-inline QueryBlock load_block(const AttendTask& task, std::int64_t first_row, std::int64_t n_rows,
-                             float* scratch) {
-  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
+inline Sums place_sums(const AttendTask& task, float* memory) {
+  float* maxima = memory + queries_of(task) * vecs_of(task) * kLanes;
+  return {memory, maxima, maxima + queries_of(task)};
+}
+
+inline void clear(const AttendTask& task, const Sums& sums) {
+  for (std::int64_t i = 0; i < queries_of(task) * vecs_of(task); ++i) {
+    Vec::zero().store(sums.values + i * kLanes);
+  }
+  for (std::int64_t i = 0; i < queries_of(task); ++i) {
+    sums.maxima[i] = -__builtin_inff();
+    sums.totals[i] = 0.0f;
+  }
+}
+
+// into: the pieces up to `part`, of which every query saw the first.
+inline void merge(const AttendTask& task, const Sums& into, const Sums& part) {
+  const std::int64_t n_vecs = vecs_of(task);
+  for (std::int64_t i = 0; i < queries_of(task); ++i) {
+    if (part.totals[i] == 0.0f) continue;
+    const bool larger = part.maxima[i] > into.maxima[i];
+    const float new_maximum = larger ? part.maxima[i] : into.maxima[i];
+    const Vec shrink_into = exp(Vec::set(into.maxima[i] - new_maximum));
+    const Vec shrink_part = exp(Vec::set(part.maxima[i] - new_maximum));
+    float factors[2 * kLanes];
+    shrink_into.store(factors);
+    shrink_part.store(factors + kLanes);
+    into.maxima[i] = new_maximum;
+    into.totals[i] = into.totals[i] * factors[0] + part.totals[i] * factors[kLanes];
+    for (std::int64_t j = i * n_vecs; j < (i + 1) * n_vecs; ++j) {
+      const Vec grown = Vec::load(part.values + j * kLanes) * shrink_part;
+      fma(Vec::load(into.values + j * kLanes), shrink_into, grown).store(into.values + j * kLanes);
+    }
+  }
+}
+
+inline QueryBlock load_block(const AttendTask& task, float* scratch) {
+  const std::int64_t group = group_of(task);
   const std::int64_t head_dim = task.pages->head_dim;
-  QueryBlock block = {head_dim, vecs_of(task), n_rows * group, scratch, nullptr, nullptr, nullptr};
-  block.sums = block.q + block.n_queries * head_dim;
-  block.maxima = block.sums + block.n_queries * block.n_vecs * kLanes;
-  block.totals = block.maxima + block.n_queries;
+  const QueryBlock block = {head_dim, vecs_of(task), queries_of(task), scratch};
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   for (std::int64_t i = 0; i < block.n_queries; ++i) {
     const std::int64_t head = task.kv_head * group + i % group;
-    const float* q = task.q + (first_row + i / group) * task.q_stride + head * head_dim;
+    const float* q = task.q + (task.first_row + i / group) * task.q_stride + head * head_dim;
     for (std::int64_t d = 0; d < head_dim; ++d) block.q[i * head_dim + d] = q[d] * scale;
-    float* sums = block.sums + i * block.n_vecs * kLanes;
-    for (std::int64_t d = 0; d < block.n_vecs * kLanes; ++d) sums[d] = 0.0f;
-    block.maxima[i] = -__builtin_inff();
-    block.totals[i] = 0.0f;
   }
   return block;
 }
 
-inline void store_block(const AttendTask& task, const QueryBlock& block, std::int64_t first_row) {
-  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
-  const std::int64_t width = block.head_dim < kLanes ? kLanes : block.head_dim;
-  for (std::int64_t i = 0; i < block.n_queries; ++i) {
+inline void store_result(const AttendTask& task, const Sums& sums) {
+  const std::int64_t group = group_of(task);
+  const std::int64_t head_dim = task.pages->head_dim;
+  const std::int64_t width = head_dim < kLanes ? kLanes : head_dim;
+  for (std::int64_t i = 0; i < queries_of(task); ++i) {
     const std::int64_t head = task.kv_head * group + i % group;
-    float* y = task.y + (first_row + i / group) * task.y_stride + head * block.head_dim;
-    const float* sums = block.sums + i * block.n_vecs * kLanes;
-    for (std::int64_t j = 0; j < block.n_vecs; ++j) {
+    float* y = task.y + (task.first_row + i / group) * task.y_stride + head * head_dim;
+    const float* values = sums.values + i * vecs_of(task) * kLanes;
+    for (std::int64_t j = 0; j < vecs_of(task); ++j) {
       const std::int64_t offset = value_offset(j, width);
-      for (std::int64_t d = 0; d < kLanes && offset + d < block.head_dim; ++d) {
-        y[offset + d] = sums[j * kLanes + d] / block.totals[i];
+      for (std::int64_t d = 0; d < kLanes && offset + d < head_dim; ++d) {
+        y[offset + d] = values[j * kLanes + d] / sums.totals[i];
       }
     }
   }
 }
 
-void attend(const AttendTask& task, float* scratch) {
-  const std::int64_t group = task.n_heads / task.pages->n_kv_heads;
-  const std::int64_t step = block_rows(task);
-  for (std::int64_t done = 0; done < task.n_rows; done += step) {
-    const std::int64_t left = task.n_rows - done;
-    const std::int64_t first_row = task.first_row + done;
-    const QueryBlock block = load_block(task, first_row, left < step ? left : step, scratch);
-    if (task.pages->type == KvType::kF32) {
-      attend_block<float>(task, block, first_row, group);
-    } else {
-      attend_block<std::uint16_t>(task, block, first_row, group);
+template <class T>
+void attend_pieces(const AttendTask& task, float* scratch) {
+  const QueryBlock block = load_block(task, scratch);
+  const Sums merged = place_sums(task, block.q + block.n_queries * block.head_dim);
+  const auto partial = static_cast<std::int64_t>(attend_partial_floats(task));
+  const std::int64_t n_keys = first_index_of(task) + task.n_rows;
+  const std::int64_t run_end = piece_start(task.last_piece);
+  const std::int64_t last_key = run_end < n_keys ? run_end : n_keys;
+  for (std::int64_t piece = task.first_piece; piece < task.last_piece; ++piece) {
+    Sums part = merged;
+    if (task.partials != nullptr) {
+      part = place_sums(task, task.partials + piece * partial);
+    } else if (piece > 0) {
+      part = place_sums(task, merged.values + partial);
     }
-    store_block(task, block, first_row);
+    clear(task, part);
+    attend_piece<T>(task, block, part, piece, last_key);
+    if (task.partials == nullptr && piece > 0) merge(task, merged, part);
   }
+  if (task.partials == nullptr) store_result(task, merged);
+}
+
+void attend(const AttendTask& task, float* scratch) {
+  if (task.pages->type == KvType::kF32) {
+    attend_pieces<float>(task, scratch);
+  } else {
+    attend_pieces<std::uint16_t>(task, scratch);
+  }
+}
+
+void merge_attention(const AttendTask& task) {
+  const auto partial = static_cast<std::int64_t>(attend_partial_floats(task));
+  const Sums merged = place_sums(task, task.partials);
+  for (std::int64_t piece = 1; piece < task.last_piece; ++piece) {
+    merge(task, merged, place_sums(task, task.partials + piece * partial));
+  }
+  store_result(task, merged);
 }

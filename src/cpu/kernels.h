@@ -28,6 +28,9 @@ struct MatmulTask {
 
 // Attention of rows [first_row, first_row + n_rows) of one span, for one kv head and all query
 // heads that share it. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads * head_dim].
+// Keys come in pieces (piece_start), each summed on its own and merged in order: a task without
+// `partials` does all of that; one with it leaves the sums of its own pieces there, one after the
+// other in attend_partial_floats() each, and merge_attention() does the rest.
 struct AttendTask {
   const KvPages* pages = nullptr;
   const KvSpan* span = nullptr;
@@ -40,6 +43,9 @@ struct AttendTask {
   std::int64_t q_stride = 0;
   float* y = nullptr;
   std::int64_t y_stride = 0;
+  std::int64_t first_piece = 0;
+  std::int64_t last_piece = 0;  // exclusive
+  float* partials = nullptr;    // of piece 0
 };
 
 // RoPE, QK norm and query scale of one row of the step's qkv tensor in place, then k and v to their
@@ -68,6 +74,9 @@ struct Kernels {
   void (*store_kv)(const StoreTask& task);
   std::size_t (*attend_scratch_floats)(const AttendTask& task);
   void (*attend)(const AttendTask& task, float* scratch);
+  std::size_t (*attend_partial_floats)(const AttendTask& task);
+  // y from the partials of all pieces of one (rows, kv head).
+  void (*merge_attention)(const AttendTask& task);
 };
 
 // dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.
@@ -81,6 +90,22 @@ std::vector<std::string_view> supported_isas();
 const Kernels& scalar_kernels();
 const Kernels* avx2_kernels();  // null when not compiled for this architecture
 const Kernels* avx512_kernels();
+
+// Where piece i of a sequence's keys begins. The same for every query, so that results depend on
+// neither the cut into tasks nor on what else runs. 1024 keys are long enough to stream and to
+// make merging cheap; from 64 Ki keys on pieces grow with their index, a 32nd to a 64th of the keys
+// before them, so that ten million keys have 300 pieces rather than 10000.
+static inline std::int64_t piece_start(std::int64_t i) {
+  constexpr std::int64_t kKeys = 1024;
+  if (i < 64) return i * kKeys;
+  const std::int64_t doublings = (i - 64) / 32;
+  return (kKeys << (doublings + 1)) * (i - 32 * (doublings + 1));
+}
+static inline std::int64_t count_pieces(std::int64_t n_keys) {
+  std::int64_t n = 1;
+  while (piece_start(n) < n_keys) ++n;
+  return n;
+}
 
 // Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major):
 //   [n_layers][n_kv_heads] { keys [head_dim][page_size], values [page_size][head_dim] }

@@ -178,6 +178,39 @@ def test_attend_bits_do_not_depend_on_cuts(
             )
 
 
+@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+@pytest.mark.parametrize("page_size", [48, 64])
+def test_attend_merges_pieces_of_keys_alike_however_they_are_shared_out(
+    isa: str, page_size: int, kv_type: str
+) -> None:
+    layer = Layer(2, 1, 8, page_size, kv_type)
+    qkv = random_qkv(layer, 2100)  # pieces of 1024 keys: two whole ones and a part
+    whole = attend(testing.Ops(isa), layer, qkv)
+    assert_close(whole, layer, qkv)
+    for cuts in ([2099, 1], [1023, 1, 1, 1023, 1, 50, 1], [1000, 1030, 69, 1]):
+        for threads in (1, 2, 5):  # few rows on many threads: pieces are tasks of their own
+            got = attend(testing.Ops(isa, threads), layer, qkv, cuts)
+            np.testing.assert_array_equal(got, whole)
+
+
+@pytest.mark.parametrize("first_index", [65_535, 65_536, 67_583, 140_000])
+def test_attend_reads_every_key_once_where_pieces_grow(isa: str, first_index: int) -> None:
+    # All entries of the page table but the last are one page, so many keys cost little.
+    layer = Layer(1, 1, 16, 64)
+    kv = Kv(testing.Ops(isa, threads=2), layer, [64, 64])
+    qkv = random_qkv(layer, 64)
+    kv.step([(0, qkv)])
+    kv.tables[1] = np.append(kv.tables[0].repeat(first_index // 64), kv.tables[1])
+    n_last = first_index % 64
+    kv.done[1] = first_index - n_last
+    last = random_qkv(layer, n_last + 1, seed=1)
+    got = kv.step([(1, last)])[0][-1]
+    q, k, v = (x[:, 0].astype(np.float64) for x in layer.split(np.concatenate([qkv, last])))
+    counts = np.append(np.full(64, first_index // 64), np.ones(n_last + 1))
+    weights = counts * np.exp(k @ q[-1] / 4)
+    np.testing.assert_allclose(got, weights @ v / weights.sum(), atol=3e-6, rtol=0)
+
+
 def test_attend_bits_do_not_depend_on_other_sequences(isa: str) -> None:
     layer = Layer(4, 2, 24, 16)
     lengths = [70, 5, 33, 1]
