@@ -107,18 +107,44 @@ static inline std::int64_t count_pieces(std::int64_t n_keys) {
   return n;
 }
 
-// Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major):
-//   [n_layers][n_kv_heads] { keys [head_dim][page_size], values [page_size][head_dim] }
-// Keys are transposed so that 16 lanes are 16 tokens. (static: each ISA's file keeps its own copy.)
-static inline std::size_t kv_element_bytes(KvType type) { return type == KvType::kF32 ? 4 : 2; }
-static inline std::size_t kv_head_bytes(const KvPages& pages) {
-  return 2 * static_cast<std::size_t>(pages.page_size * pages.head_dim) *
-         kv_element_bytes(pages.type);
+// Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major),
+// E being the elements that fill 32 bits:
+//   [n_layers][n_kv_heads] { keys [width / E][page_size][E],   scales f32 [page_size],
+//                            values [page_size / E][width][E], scales f32 [page_size] }
+// So a lane holds E consecutive terms of the sums of one token (keys: over head_dim) or one
+// dimension (values: over tokens), as dot product instructions want them, and 16 lanes are 16
+// tokens or dimensions. Only int8 has scales: x = (byte - 128) * scale, biased because the dot
+// products of bytes are of unsigned by signed. Scales are float32, 8 bytes beside 256 at head_dim
+// 128, so that all parts stay aligned to 64 bytes for every page size.
+// (static: each ISA's file keeps its own copy.)
+static inline std::int64_t kv_element_bytes(KvType type) {
+  return type == KvType::kF32 ? 4 : type == KvType::kBf16 ? 2 : 1;
 }
-static inline std::byte* kv_head_base(const KvPages& pages, std::int32_t page, std::int64_t layer,
-                                      std::int64_t kv_head) {
-  return static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
-         static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
+// Whole lanes and at least one vector: what lies past head_dim is never written, and never used.
+static inline std::int64_t kv_width(std::int64_t head_dim) {
+  return head_dim < 16 ? 16 : (head_dim + 3) / 4 * 4;
+}
+struct KvHead {
+  std::byte* keys;
+  float* key_scales;  // int8 only
+  std::byte* values;
+  float* value_scales;  // int8 only
+};
+static inline std::size_t kv_head_bytes(const KvPages& pages) {
+  const std::int64_t scale = pages.type == KvType::kInt8 ? 4 : 0;
+  const std::int64_t of_a_token = kv_width(pages.head_dim) * kv_element_bytes(pages.type) + scale;
+  return static_cast<std::size_t>(2 * pages.page_size * of_a_token);
+}
+static inline KvHead find_kv_head(const KvPages& pages, std::int32_t page, std::int64_t layer,
+                                  std::int64_t kv_head) {
+  std::byte* keys =
+      static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
+      static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
+  std::byte* values = keys + kv_head_bytes(pages) / 2;
+  const std::int64_t scales =
+      pages.page_size * kv_width(pages.head_dim) * kv_element_bytes(pages.type);
+  return {keys, reinterpret_cast<float*>(keys + scales), values,
+          reinterpret_cast<float*>(values + scales)};
 }
 
 }  // namespace camelid::cpu
