@@ -22,8 +22,9 @@
 // number of keys query 0 sees of the strip (not clamped); each further row sees one more.
 template <class T>
 void attend_strip(const QueryBlock& block, const Sums& sums, const Strip<T>& strip,
-                  std::int64_t first_visible, std::int64_t group) {
+                  std::int64_t first_visible, std::int64_t group, Fetcher& fetcher) {
   Tile tile;
+  tile.fetcher = &fetcher;
   for (std::int64_t first = 0; first < block.n_queries; first += kTileQueries) {
     const std::int64_t left = block.n_queries - first;
     tile.n_queries = static_cast<int>(left < kTileQueries ? left : kTileQueries);
@@ -37,34 +38,40 @@ void attend_strip(const QueryBlock& block, const Sums& sums, const Strip<T>& str
     const std::int64_t most = tile.visible[tile.n_queries - 1];
     if (most == 0) continue;
     score(tile, block, strip, (most + kLanes - 1) / kLanes);
-    weigh(tile, sums.maxima + first, sums.totals + first);
+    weigh(tile, strip, sums.maxima + first, sums.totals + first);
     add_values(tile, strip);
   }
 }
 
-// The strip that begins at key index `start` of the sequence and ends before `end`.
-template <class T>
-Strip<T> find_strip(const AttendTask& task, std::int64_t start, std::int64_t end) {
+inline KvBlock find_block(const AttendTask& task, std::int64_t index) {
   const KvPages& pages = *task.pages;
-  const std::int32_t page = task.span->pages[start / pages.page_size];
-  const std::int64_t key = start % pages.page_size;
-  std::int64_t n_keys = pages.page_size - key;
-  if (n_keys > kStripKeys) n_keys = kStripKeys;
-  if (n_keys > end - start) n_keys = end - start;
+  const std::int32_t page = task.span->pages[index / pages.page_size];
+  return find_kv_block(pages, page, task.kv_layer, task.kv_head, index % pages.page_size);
+}
+
+// The first n_keys of a block from its token on.
+template <class T>
+Strip<T> find_strip(const KvPages& pages, const KvBlock& block, std::int64_t n_keys) {
   const std::int64_t width = kv_width(pages.head_dim);
-  const KvHead head = find_kv_head(pages, page, task.kv_layer, task.kv_head);
-  const T* keys = reinterpret_cast<const T*>(head.keys) + key * kPerLane<T>;
-  const T* values = reinterpret_cast<const T*>(head.values) + key * width;
-  return {{keys, pages.page_size * kPerLane<T>, 0},
-          {values, width * kPerLane<T>, 0},
-          head.key_scales + key,
-          head.value_scales + key,
+  const T* keys = reinterpret_cast<const T*>(block.keys) + block.token * kPerLane<T>;
+  const T* values = reinterpret_cast<const T*>(block.values) + block.token * width;
+  return {{keys, block.n_tokens * kPerLane<T>},
+          {values, width * kPerLane<T>},
+          block.key_scales + block.token,
+          block.value_scales + block.token,
           n_keys};
 }
 
+// Lines of a strip that the softmax of the first tile fetches with each vector of weights, so that
+// with those of its products all are fetched.
 template <class T>
-std::intptr_t bytes_between(const Panel<T>& from, const Panel<T>& to) {
-  return reinterpret_cast<std::intptr_t>(to.rows) - reinterpret_cast<std::intptr_t>(from.rows);
+std::int64_t weights_share(const KvPages& pages, const QueryBlock& block) {
+  const int n_queries =
+      static_cast<int>(block.n_queries < kTileQueries ? block.n_queries : kTileQueries);
+  const std::int64_t n_lines = kStripKeys * kv_token_bytes(pages) / 64;
+  const std::int64_t left = n_lines - lines_of_products<T>(block, n_queries);
+  const std::int64_t n_vectors = n_queries * kStripKeys / kLanes;
+  return left > 0 ? (left + n_vectors - 1) / n_vectors : 0;
 }
 
 inline std::int64_t group_of(const AttendTask& task) {
@@ -82,17 +89,20 @@ void attend_piece(const AttendTask& task, const QueryBlock& block, const Sums& s
   const std::int64_t visible = first_index_of(task) + 1;  // to the block's first row
   const std::int64_t next_piece = piece_start(piece + 1);
   const std::int64_t end = next_piece < last_key ? next_piece : last_key;
-  Strip<T> next = find_strip<T>(task, piece_start(piece), end);
+  KvBlock next = find_block(task, piece_start(piece));
   for (std::int64_t start = piece_start(piece); start < end;) {
-    Strip<T> strip = next;
-    const std::int64_t strip_end = start + strip.n_keys;
-    if (strip_end < last_key) {
-      next = find_strip<T>(task, strip_end, strip_end < end ? end : last_key);
-      strip.keys.ahead = bytes_between(strip.keys, next.keys);
-      strip.values.ahead = bytes_between(strip.values, next.values);
+    const KvBlock here = next;
+    const std::int64_t left = here.n_tokens - here.token;
+    const std::int64_t n_keys = left < end - start ? left : end - start;
+    const Strip<T> strip = find_strip<T>(*task.pages, here, n_keys);
+    Fetcher fetcher = {here.keys, here.keys, 0};
+    if (start + n_keys < last_key) {
+      next = find_block(task, start + n_keys);
+      const std::int64_t n_bytes = next.n_tokens * kv_token_bytes(*task.pages);
+      fetcher = {next.keys, next.keys + n_bytes - 64, block.weights_share};
     }
-    attend_strip(block, sums, strip, visible - start, group_of(task));
-    start = strip_end;
+    attend_strip(block, sums, strip, visible - start, group_of(task), fetcher);
+    start += n_keys;
   }
 }
 
@@ -154,7 +164,7 @@ inline void merge(const AttendTask& task, const Sums& into, const Sums& part) {
 inline QueryBlock load_block(const AttendTask& task, float* scratch) {
   const std::int64_t group = group_of(task);
   const std::int64_t head_dim = task.pages->head_dim;
-  QueryBlock block = {head_dim, vecs_of(task), queries_of(task), scratch, {}};
+  QueryBlock block = {head_dim, vecs_of(task), queries_of(task), scratch, {}, 0};
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   for (std::int64_t i = 0; i < block.n_queries; ++i) {
     const std::int64_t head = task.kv_head * group + i % group;
@@ -191,7 +201,8 @@ inline void store_result(const AttendTask& task, const Sums& sums) {
 
 template <class T>
 void attend_pieces(const AttendTask& task, float* scratch) {
-  const QueryBlock block = load_block(task, scratch);
+  QueryBlock block = load_block(task, scratch);
+  block.weights_share = weights_share<T>(*task.pages, block);
   const std::int64_t of_a_query = block.head_dim + integer_floats(task);
   const Sums merged = place_sums(task, scratch + block.n_queries * of_a_query);
   const auto partial = static_cast<std::int64_t>(attend_partial_floats(task));

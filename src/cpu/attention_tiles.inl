@@ -2,7 +2,7 @@
 // values. Included by attention.inl, which says what strips and tiles are; must never know of pages
 // or tasks.
 
-constexpr std::int64_t kStripKeys = 64;
+constexpr std::int64_t kStripKeys = 64;  // a block of a page (KvBlock)
 // Accumulators a tile may hold, in Vecs: 24 of 32 registers on AVX-512; 6 pairs of 16 on AVX2; the
 // rest of the registers hold keys or values. alignof tells the three vector types apart.
 constexpr int kTileVecs = alignof(Vec) == 64 ? 24 : alignof(Vec) == 32 ? 6 : 2;
@@ -25,6 +25,7 @@ struct QueryBlock {
   std::int64_t n_queries;
   float* q;  // [n_queries, head_dim], times head_dim^-0.5
   IntegerQueries integers;
+  std::int64_t weights_share;  // Fetcher::share
 };
 
 // What is known of each query's attention to the keys seen so far. One after the other in memory.
@@ -35,14 +36,13 @@ struct Sums {
 };
 
 // Elements of one term of the sums as they lie in a page: a row holds kPerLane<T> terms of every
-// token (keys) or dimension (values), see find_kv_head.
+// token (keys) or dimension (values), see find_kv_block.
 template <class T>
 constexpr int kPerLane = 4 / sizeof(T);
 template <class T>
 struct Panel {
   const T* rows;
   std::int64_t stride;
-  std::intptr_t ahead;  // bytes to the same place of the next strip, 0 where there is none
 };
 
 template <class T>
@@ -54,6 +54,34 @@ struct Strip {
   std::int64_t n_keys;
 };
 
+// Fetches the next strip while this one is computed: the hardware does
+// not foresee where pages lie. Evenly over all the work, softmax included, or memory idles then;
+// a strip at one blow leaves nothing to overlap with. A prefetch never faults.
+struct Fetcher {
+  const std::byte* next = nullptr;
+  const std::byte* last = nullptr;  // line; fetched again and again at the end, which costs nothing
+  std::int64_t share = 0;           // lines for each vector of weights
+
+  inline void take(int n_lines) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n_lines; ++i) {
+      __builtin_prefetch(next, 0, 3);
+      next = next + 64 < last ? next + 64 : last;
+    }
+  }
+  inline void take_share() {
+    for (std::int64_t i = 0; i < share && next < last; ++i) take(1);
+  }
+};
+
+// Weights times the scales of values, as integers; those of keys not seen are 0
+// (attention_bytes.inl).
+struct IntegerWeights {
+  alignas(64) std::byte rows[kTileQueries * 2 * kStripKeys];
+  float scales[kLanes];
+  std::int32_t biases[kTileQueries];
+};
+
 // One tile at one strip.
 struct Tile {
   int n_queries;
@@ -62,17 +90,15 @@ struct Tile {
   float* sums;
   std::int64_t visible[kTileQueries];  // keys of the strip each query sees, ascending
   float weights[kTileQueries * kStripKeys];
-  float corrections[kLanes];
+  float corrections[kLanes];  // by which earlier sums shrink
+  float peaks[kLanes];        // largest score of the strip minus largest so far
+  IntegerWeights integers;
+  Fetcher* fetcher;
 };
 
 // Term i of each of 16 lanes.
 inline Vec load_term(const float* p, int) { return Vec::load(p); }
 inline Vec load_term(const std::uint16_t* p, int i) { return Vec::load_bf16_of_pairs(p, i); }
-inline void fetch(const void* p, std::intptr_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(p) + ahead), 0,
-                     2);
-}
-
 // The last vector overlaps its neighbour when the width is no multiple of 16, so no load leaves its
 // row.
 inline std::int64_t value_offset(std::int64_t j, std::int64_t width) {
@@ -81,10 +107,7 @@ inline std::int64_t value_offset(std::int64_t j, std::int64_t width) {
 
 // out[m][n] += sum over i < kTerms of a[m][i] * term i of vector n of the row at `source`.
 template <int kTerms, int M, int N, class T>
-inline void multiply_row(Vec (&out)[M][N], const float* a, std::int64_t a_stride, const T* source,
-                         std::intptr_t ahead) {
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) fetch(source + n * kLanes * kPerLane<T>, ahead);
+inline void multiply_row(Vec (&out)[M][N], const float* a, std::int64_t a_stride, const T* source) {
 #pragma GCC unroll 8
   for (int i = 0; i < kTerms; ++i) {
     Vec row[N];
@@ -99,25 +122,39 @@ inline void multiply_row(Vec (&out)[M][N], const float* a, std::int64_t a_stride
   }
 }
 
-// out[m][n] = sum over k in order of a[m][k] * b[k][first + n], m < M, n < N * 16. Fetches the next
-// strip meanwhile, a line for each line used: the hardware does not foresee where pages lie, and
-// fetching a strip at one blow leaves nothing to overlap with. Measured on Zen 4, one row, pages in
-// DRAM: 1.6 times the bytes per second with AVX-512, 3 times with AVX2. A prefetch never faults.
+// Lines to fetch with each row of N vectors: some are left for the softmax.
+constexpr int fetches(int n) { return n > 1 ? n - 1 : 1; }
+
+// Lines of the two products of one tile with a strip of 64 keys, in `runs` of n columns.
+inline std::int64_t product_lines(const QueryBlock& block, int runs, int n, std::int64_t per_lane) {
+  const std::int64_t key_rows = block.head_dim / per_lane * (kStripKeys / kLanes / n);
+  const std::int64_t value_rows = kStripKeys / per_lane * (block.n_vecs / n);
+  return runs * (key_rows + value_rows) * fetches(n);
+}
+template <class T>
+std::int64_t lines_of_products(const QueryBlock& block, int n_queries) {
+  return product_lines(block, 1, tile_columns(n_queries), kPerLane<T>);
+}
+
+// out[m][n] = sum over k in order of a[m][k] * b[k][first + n], m < M, n < N * 16.
 template <int M, int N, class T>
 inline void multiply(Vec (&out)[M][N], const float* a, std::int64_t a_stride, const Panel<T>& b,
-                     std::int64_t first, std::int64_t depth) {
+                     std::int64_t first, std::int64_t depth, Fetcher& fetcher) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) out[m][n] = Vec::zero();
   }
+  Fetcher ahead = fetcher;
   const T* source = b.rows + first * kPerLane<T>;
   std::int64_t k = 0;
   for (; k + kPerLane<T> <= depth; k += kPerLane<T>, source += b.stride) {
-    multiply_row<kPerLane<T>>(out, a + k, a_stride, source, b.ahead);
+    ahead.take(fetches(N));
+    multiply_row<kPerLane<T>>(out, a + k, a_stride, source);
   }
+  fetcher = ahead;
   // A term past the depth may be of a token never written: 0 * NaN would be NaN.
-  if (k < depth) multiply_row<1>(out, a + k, a_stride, source, b.ahead);
+  if (k < depth) multiply_row<1>(out, a + k, a_stride, source);
 }
 
 // Scores of M queries at key vectors [first, first + N).
@@ -125,7 +162,7 @@ template <int M, int N, class T>
 inline void score_columns(Tile& tile, const Strip<T>& strip, std::int64_t head_dim,
                           std::int64_t first) {
   Vec out[M][N];
-  multiply<M, N>(out, tile.q, head_dim, strip.keys, first * kLanes, head_dim);
+  multiply<M, N>(out, tile.q, head_dim, strip.keys, first * kLanes, head_dim, *tile.fetcher);
   for (int m = 0; m < M; ++m) {
     float* scores = tile.weights + m * kStripKeys + first * kLanes;
     for (int n = 0; n < N; ++n) out[m][n].store(scores + n * kLanes);
@@ -152,13 +189,11 @@ void score(Tile& tile, const QueryBlock& block, const Strip<T>& strip, std::int6
   score_tile<kTileQueries>(tile, strip, block.head_dim, n_vecs);
 }
 
-// Turns the scores of each query into softmax weights against its new maximum, exactly 0 past its
-// last visible key, and finds the factor by which its earlier sums shrink. maxima, totals: the
+// Raises each query's maximum to the strip's and masks the keys it does not see. maxima: the
 // tile's.
-inline void weigh(Tile& tile, float* maxima, float* totals) {
+inline void find_maxima(Tile& tile, float* maxima) {
   constexpr float kInfinity = __builtin_inff();
-  float strip_totals[kLanes] = {};
-  for (float& correction : tile.corrections) correction = 0.0f;
+  for (int m = 0; m < kLanes; ++m) tile.corrections[m] = tile.peaks[m] = 0.0f;
   for (int m = 0; m < tile.n_queries; ++m) {
     if (tile.visible[m] == 0) continue;
     float* row = tile.weights + m * kStripKeys;
@@ -170,19 +205,29 @@ inline void weigh(Tile& tile, float* maxima, float* totals) {
     }
     const float strip_maximum = maximum(largest);
     const float new_maximum = strip_maximum > maxima[m] ? strip_maximum : maxima[m];
-    Vec total = Vec::zero();
-    for (std::int64_t k = 0; k < padded; k += kLanes) {
-      const Vec weight = exp(Vec::load(row + k) - Vec::set(new_maximum));
-      weight.store(row + k);
-      total = total + weight;
-    }
     tile.corrections[m] = maxima[m] - new_maximum;
-    strip_totals[m] = sum(total);
+    tile.peaks[m] = strip_maximum - new_maximum;
     maxima[m] = new_maximum;
   }
   exp(Vec::load(tile.corrections)).store(tile.corrections);
+}
+
+// Turns the scores of each query into softmax weights against its new maximum, exactly 0 past its
+// last visible key. maxima, totals: the tile's.
+template <class T>
+void weigh(Tile& tile, const Strip<T>&, float* maxima, float* totals) {
+  find_maxima(tile, maxima);
   for (int m = 0; m < tile.n_queries; ++m) {
-    if (tile.visible[m] > 0) totals[m] = totals[m] * tile.corrections[m] + strip_totals[m];
+    if (tile.visible[m] == 0) continue;
+    float* row = tile.weights + m * kStripKeys;
+    Vec total = Vec::zero();
+    for (std::int64_t k = 0; k < tile.visible[m]; k += kLanes) {
+      const Vec weight = exp(Vec::load(row + k) - Vec::set(maxima[m]));
+      weight.store(row + k);
+      total = total + weight;
+      tile.fetcher->take_share();
+    }
+    totals[m] = totals[m] * tile.corrections[m] + sum(total);
   }
 }
 
@@ -194,7 +239,7 @@ inline void value_columns(Tile& tile, int query, const Panel<T>& values, std::in
   const std::int64_t n_vecs = (width + kLanes - 1) / kLanes;
   Vec out[M][N];
   multiply<M, N>(out, tile.weights + query * kStripKeys, kStripKeys, values, value_offset(j, width),
-                 tile.visible[query]);
+                 tile.visible[query], *tile.fetcher);
   for (int m = 0; m < M; ++m) {
     const Vec correction = Vec::set(tile.corrections[query + m]);
     float* sums = tile.sums + ((query + m) * n_vecs + j) * kLanes;

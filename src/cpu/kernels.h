@@ -108,15 +108,15 @@ static inline std::int64_t count_pieces(std::int64_t n_keys) {
 }
 
 // Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major),
-// E being the elements that fill 32 bits:
-//   [n_layers][n_kv_heads] { keys [width / E][page_size][E],   scales f32 [page_size],
-//                            values [page_size / E][width][E], scales f32 [page_size] }
-// So a lane holds E consecutive terms of the sums of one token (keys: over head_dim) or one
-// dimension (values: over tokens), as dot product instructions want them, and 16 lanes are 16
-// tokens or dimensions. Only int8 has scales: x = (byte - 128) * scale, biased because the dot
-// products of bytes are of unsigned by signed. Scales are float32, 8 bytes beside 256 at head_dim
-// 128, so that all parts stay aligned to 64 bytes for every page size.
-// (static: each ISA's file keeps its own copy.)
+// in blocks of 64 tokens, the last one of what is left, E being the elements that fill 32 bits:
+//   [n_layers][n_kv_heads][blocks] { keys [width / E][tokens][E],   scales f32 [tokens],
+//                                    values [tokens / E][width][E], scales f32 [tokens] }
+// A block is what attention reads at once, so it is contiguous. A lane of 32 bits holds E
+// consecutive terms of the sums of one token (keys: over head_dim) or one dimension (values: over
+// tokens), as dot product instructions want them, and 16 lanes are 16 tokens or dimensions. Only
+// int8 has scales: x = (byte - 128) * scale, biased because dot products of bytes are of unsigned
+// by signed. Scales are float32, 8 bytes beside 256 at head_dim 128, so that all parts stay aligned
+// to 64 bytes for every page size. (static: each ISA's file keeps its own copy.)
 static inline std::int64_t kv_element_bytes(KvType type) {
   return type == KvType::kF32 ? 4 : type == KvType::kBf16 ? 2 : 1;
 }
@@ -124,27 +124,36 @@ static inline std::int64_t kv_element_bytes(KvType type) {
 static inline std::int64_t kv_width(std::int64_t head_dim) {
   return head_dim < 16 ? 16 : (head_dim + 3) / 4 * 4;
 }
-struct KvHead {
+static inline std::int64_t kv_token_bytes(const KvPages& pages) {  // of one kv head
+  const std::int64_t scale = pages.type == KvType::kInt8 ? 4 : 0;
+  return 2 * (kv_width(pages.head_dim) * kv_element_bytes(pages.type) + scale);
+}
+static inline std::size_t kv_head_bytes(const KvPages& pages) {
+  return static_cast<std::size_t>(pages.page_size * kv_token_bytes(pages));
+}
+struct KvBlock {
   std::byte* keys;
   float* key_scales;  // int8 only
   std::byte* values;
-  float* value_scales;  // int8 only
+  float* value_scales;    // int8 only
+  std::int64_t n_tokens;  // 64 or what the page has left, a multiple of 16
+  std::int64_t token;     // of the slot asked for
 };
-static inline std::size_t kv_head_bytes(const KvPages& pages) {
-  const std::int64_t scale = pages.type == KvType::kInt8 ? 4 : 0;
-  const std::int64_t of_a_token = kv_width(pages.head_dim) * kv_element_bytes(pages.type) + scale;
-  return static_cast<std::size_t>(2 * pages.page_size * of_a_token);
-}
-static inline KvHead find_kv_head(const KvPages& pages, std::int32_t page, std::int64_t layer,
-                                  std::int64_t kv_head) {
-  std::byte* keys =
+static inline KvBlock find_kv_block(const KvPages& pages, std::int32_t page, std::int64_t layer,
+                                    std::int64_t kv_head, std::int64_t slot) {
+  constexpr std::int64_t kTokens = 64;
+  const std::int64_t first = slot / kTokens * kTokens;
+  const std::int64_t left = pages.page_size - first;
+  const std::int64_t n_tokens = left < kTokens ? left : kTokens;
+  std::byte* head =
       static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
       static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
-  std::byte* values = keys + kv_head_bytes(pages) / 2;
-  const std::int64_t scales =
-      pages.page_size * kv_width(pages.head_dim) * kv_element_bytes(pages.type);
-  return {keys, reinterpret_cast<float*>(keys + scales), values,
-          reinterpret_cast<float*>(values + scales)};
+  std::byte* keys = head + first * kv_token_bytes(pages);
+  std::byte* values = keys + n_tokens * kv_token_bytes(pages) / 2;
+  const std::int64_t scales = n_tokens * kv_width(pages.head_dim) * kv_element_bytes(pages.type);
+  return {keys,     reinterpret_cast<float*>(keys + scales),
+          values,   reinterpret_cast<float*>(values + scales),
+          n_tokens, slot - first};
 }
 
 }  // namespace camelid::cpu

@@ -111,12 +111,12 @@ template <class T>
 void write_head(const StoreTask& task, std::int64_t kv_head, const float* k, const float* v) {
   constexpr std::int64_t kPerLane = 4 / sizeof(T);
   const KvPages& pages = *task.pages;
-  const KvHead head = find_kv_head(pages, task.page, task.layer->kv_layer, kv_head);
-  T* keys = reinterpret_cast<T*>(head.keys) + task.slot * kPerLane;
-  T* values = reinterpret_cast<T*>(head.values) + task.slot % kPerLane +
-              task.slot / kPerLane * kPerLane * kv_width(pages.head_dim);
+  const KvBlock block = find_kv_block(pages, task.page, task.layer->kv_layer, kv_head, task.slot);
+  T* keys = reinterpret_cast<T*>(block.keys) + block.token * kPerLane;
+  T* values = reinterpret_cast<T*>(block.values) + block.token % kPerLane +
+              block.token / kPerLane * kPerLane * kv_width(pages.head_dim);
   for (std::int64_t d = 0; d < pages.head_dim; ++d) {
-    write_kv(keys + d / kPerLane * kPerLane * pages.page_size + d % kPerLane, k[d]);
+    write_kv(keys + d / kPerLane * kPerLane * block.n_tokens + d % kPerLane, k[d]);
     write_kv(values + d * kPerLane, v[d]);
   }
 }
@@ -169,14 +169,14 @@ inline float write_bytes(const float* x, std::int64_t n, Place place) {
 inline void write_head_bytes(const StoreTask& task, std::int64_t kv_head, const float* k,
                              const float* v) {
   const KvPages& pages = *task.pages;
-  const KvHead head = find_kv_head(pages, task.page, task.layer->kv_layer, kv_head);
-  auto* keys = reinterpret_cast<std::uint8_t*>(head.keys) + task.slot * 4;
-  auto* values = reinterpret_cast<std::uint8_t*>(head.values) + task.slot % 4 +
-                 task.slot / 4 * 4 * kv_width(pages.head_dim);
-  const std::int64_t row = 4 * pages.page_size;
-  head.key_scales[task.slot] =
+  const KvBlock block = find_kv_block(pages, task.page, task.layer->kv_layer, kv_head, task.slot);
+  auto* keys = reinterpret_cast<std::uint8_t*>(block.keys) + block.token * 4;
+  auto* values = reinterpret_cast<std::uint8_t*>(block.values) + block.token % 4 +
+                 block.token / 4 * 4 * kv_width(pages.head_dim);
+  const std::int64_t row = 4 * block.n_tokens;
+  block.key_scales[block.token] =
       write_bytes(k, pages.head_dim, [&](std::int64_t d) { return keys + d / 4 * row + d % 4; });
-  head.value_scales[task.slot] =
+  block.value_scales[block.token] =
       write_bytes(v, pages.head_dim, [&](std::int64_t d) { return values + d * 4; });
 }
 

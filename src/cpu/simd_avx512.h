@@ -134,12 +134,18 @@ struct Dots {
   __m512i low, high;
   static Dots zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
   void add(Bytes b, FourIntegers x) {
-    low = _mm512_dpbusd_epi32(low, b.v, x.low);
-    high = _mm512_dpbusd_epi32(high, b.v, x.high);
+    add_products(low, b.v, x.low);
+    add_products(high, b.v, x.high);
   }
   Vec plus(std::int32_t bias) const {
     const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
     return {_mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(bias)))};
+  }
+
+ private:
+  // _mm512_dpbusd_epi32, of which GCC 12 writes every result to memory inside a loop.
+  static void add_products(__m512i& sums, __m512i bytes, __m512i integers) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(integers));
   }
 };
 #else
