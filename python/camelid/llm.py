@@ -63,8 +63,9 @@ class LLM:
         device: "auto", "cpu", "cuda" or "cuda:N".
         weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings, head and router are never
             made smaller than bf16.
-        kv_cache: "auto", "f32" or "bf16"; auto is f32, exact. bf16 halves the cache and moves
-            logits by about 0.01 standard deviations, more where it flips a near tie of a router.
+        kv_cache: "auto", "f32", "bf16" or "int8"; auto is f32, exact. bf16 halves the cache and
+            moves logits by about 0.01 standard deviations, int8 halves it again and moves them by
+            about 0.02; both by more where they flip a near tie of a router.
         max_context: Most tokens of prompt and answer together; the config's limit if None.
         memory: Bytes for weights, KV cache and workspace together, or "20GiB"; None takes nine
             tenths of what is available, as it is needed.

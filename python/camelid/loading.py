@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from camelid.checkpoint import Checkpoint, account
 from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
 from camelid.options import LoadOptions
-from camelid.report import KV_ELEMENT_BYTES, kv_report, loaded_bytes
+from camelid.report import kv_report, loaded_bytes
 from camelid.sources import (
     LinearSource,
     embedding_source,
@@ -116,7 +116,7 @@ def check_plan(
     Raises:
         CapacityError: Saying what is needed, what there is, and which choices would fit.
     """
-    one_page = kv_report(checkpoint.config, KV_ELEMENT_BYTES[kv_cache]).bytes_for(1)
+    one_page = kv_report(checkpoint.config, kv_cache).bytes_for(1)
     needed = loaded_bytes(checkpoint, options.weights) + one_page
     if needed <= limit_bytes:
         return

@@ -173,7 +173,7 @@ def _advice(defaults: GenerationDefaults | None) -> dict[str, float | None]:
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _WEIGHTS = ("auto", "bf16", "int8", "int4")
-_KV_CACHES = ("auto", "f32", "bf16")
+_KV_CACHES = ("auto", "f32", "bf16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ class LoadOptions:
         return cls(
             device=device,
             weights=_choice("weights", weights, _WEIGHTS, planned=("fp8",)),
-            kv_cache=_choice("kv_cache", kv_cache, _KV_CACHES, planned=("fp8", "int8", "int4")),
+            kv_cache=_choice("kv_cache", kv_cache, _KV_CACHES, planned=("fp8", "int4")),
             max_context=None if max_context is None else parse_count("max_context", max_context),
             memory=None if memory is None else parse_size("memory", memory),
             threads=_integer("threads", threads, 1, 4096),
@@ -217,7 +217,7 @@ class LoadOptions:
 
     @property
     def kv_cache_type(self) -> str:
-        """The cache's type: "auto" is f32, since exact numerics come first; bf16 halves it."""
+        """The cache's type: "auto" is f32, since exact numerics come first."""
         return "f32" if self.kv_cache == "auto" else self.kv_cache
 
 

@@ -35,7 +35,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in (
         ("--device", str, "auto, cpu, cuda or cuda:N"),
         ("--weights", str, "auto (as stored), bf16, int8 or int4"),
-        ("--kv-cache", str, "auto (f32), f32 or bf16"),
+        ("--kv-cache", str, "auto (f32), f32, bf16 or int8"),
         ("--max-context", str, "most tokens of prompt and answer together, such as 32K"),
         ("--memory", str, "for weights and KV cache together, such as 20GiB"),
         ("--threads", int, "threads to compute with (default: physical cores)"),
