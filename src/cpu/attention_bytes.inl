@@ -17,7 +17,9 @@ constexpr int dots_columns(int m) { return kDotsTile / m >= 2 ? 2 : 1; }
 template <>
 std::int64_t lines_of_products<std::uint8_t>(const QueryBlock& block, int n_queries) {
   const int m = n_queries < kDotsQueries ? n_queries : kDotsQueries;
-  return product_lines(block, (n_queries + m - 1) / m, dots_columns(m), 4);
+  // Three lines for two rows (multiply): about what memory gives meanwhile, and requests beyond
+  // that stall.
+  return product_lines(block, (n_queries + m - 1) / m, dots_columns(m), 4) * 3 / 2;
 }
 
 // Rows of integers as FourIntegers::store left them.
@@ -41,7 +43,8 @@ inline void multiply(Dots (&out)[M][N], const IntegerRows& a, const Panel<std::u
   const std::byte* x = a.rows;
   Fetcher ahead = fetcher;
   for (std::int64_t k = 0; k < depth; k += 4, source += b.stride) {
-    ahead.take(fetches(N));
+    ahead.take(1);
+    if (k % 8 != 0) ahead.take(1);
     Bytes row[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) row[n] = Bytes::load(source + n * 64);
