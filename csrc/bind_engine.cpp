@@ -27,8 +27,9 @@ using IntArray = py::array_t<std::int32_t, py::array::c_style>;
 KvType to_kv_type(const std::string& name) {
   if (name == "f32") return KvType::kF32;
   if (name == "bf16") return KvType::kBf16;
+  if (name == "int8") return KvType::kInt8;
   fail(ErrorCode::kUnsupported, "[options] kv_cache=\"", name,
-       "\" is not supported by this build, expected auto, f32 or bf16.");
+       "\" is not supported by this build, expected auto, f32, bf16 or int8.");
 }
 
 std::unique_ptr<Engine> make_engine(const py::object& config, const std::string& device,

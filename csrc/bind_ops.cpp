@@ -159,7 +159,7 @@ class Ops {
     pages.n_layers = n_layers;
     pages.n_kv_heads = n_kv_heads;
     pages.head_dim = head_dim;
-    pages.type = type == "bf16" ? KvType::kBf16 : KvType::kF32;
+    pages.type = type == "int8" ? KvType::kInt8 : type == "bf16" ? KvType::kBf16 : KvType::kF32;
     return pages;
   }
 

@@ -68,9 +68,10 @@ class LLM:
             auto is fast from 64 MiB of such weights on.
         head: "stored", or "int8" for a plain output head; auto is int8 where fast meets INT4
             weights.
-        kv_cache: "auto", "f32" or "bf16"; auto is f32 where compute is exact, else bf16, which
-            halves the cache and moves logits by about 0.01 standard deviations, more where it flips
-            a near tie of a router.
+        kv_cache: "auto", "f32", "bf16" or "int8"; auto is f32 where compute is exact, else bf16,
+            which halves the cache and moves logits by about 0.01 standard deviations. int8 halves
+            it again and moves them by about 0.02; both by more where they flip a near tie of a
+            router.
         max_context: Most tokens of prompt and answer together; the config's limit if None.
         memory: Bytes for weights, KV cache and workspace together, or "20GiB"; None takes nine
             tenths of what is available, as it is needed.

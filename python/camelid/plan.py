@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from camelid.checkpoint import Checkpoint
 from camelid.errors import CapacityError
 from camelid.options import LoadOptions
-from camelid.report import KV_ELEMENT_BYTES, Report, inspect, kv_report, show_bytes
+from camelid.report import Report, inspect, kv_report, show_bytes
 
 __all__ = ["LoadPlan", "make_plan", "require_fit"]
 
@@ -58,7 +58,7 @@ def require_fit(
     Raises:
         CapacityError: Saying what is needed, what there is, and which choices would fit.
     """
-    one_page = kv_report(checkpoint.config, KV_ELEMENT_BYTES[plan.kv_cache]).bytes_for(1)
+    one_page = kv_report(checkpoint.config, plan.kv_cache).bytes_for(1)
 
     def needed(plan: LoadPlan) -> int:
         return inspect(checkpoint, weights=plan.weights, head=plan.head).loaded_bytes + one_page

@@ -38,7 +38,8 @@ PARTS = (
     "head",
     "vision",
 )
-KV_ELEMENT_BYTES = {"f32": 4, "bf16": 2}
+KV_ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
+_KV_SCALE_BYTES = {"int8": 4}  # of each token, once for its keys and once for its values
 PAGE_TOKENS = 64  # the engine's default page size
 _PLAIN_BITS = {"F32": 32, "F16": 16, "BF16": 16}
 # Of the packed layout, src/cpu/packed.h: rows in panels of 16, parts aligned to 64 bytes.
@@ -159,7 +160,7 @@ def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "store
         config=_config_summary(config),
         parts=parts,
         active_parameters=_active_parameters(config, parts),
-        kv={name: kv_report(config, size) for name, size in KV_ELEMENT_BYTES.items()},
+        kv={name: kv_report(config, name) for name in KV_ELEMENT_BYTES},
     )
 
 
@@ -173,9 +174,11 @@ def show_bytes(n_bytes: int) -> str:
     return f"{value:,.1f} TiB"
 
 
-def kv_report(config: ModelConfig, element_bytes: int) -> KvReport:
+def kv_report(config: ModelConfig, kv_type: str) -> KvReport:
     """Return the KV cache's sizes: keys and values of all heads, layer by layer."""
-    of_a_layer = 2 * config.n_kv_heads * config.head_dim * element_bytes
+    width = max(_round_up(config.head_dim, 4), 16)  # whole lanes, and one vector at least
+    of_a_head = width * KV_ELEMENT_BYTES[kv_type] + _KV_SCALE_BYTES.get(kv_type, 0)
+    of_a_layer = 2 * config.n_kv_heads * of_a_head
     n_local = sum(config.is_chunked_layer) if config.attention_chunk_size else 0
     chunk = config.attention_chunk_size if n_local else 0
     return KvReport(

@@ -30,7 +30,8 @@ class Matrix {
   std::size_t bytes = 0;  // resident
 };
 
-enum class KvType : std::uint8_t { kF32, kBf16 };
+// kInt8: each token's keys and values of a head as integers and one scale each.
+enum class KvType : std::uint8_t { kF32, kBf16, kInt8 };
 
 // The pages of one kind of layer. A page holds `page_size` consecutive tokens of every layer of the
 // kind; inside a page the order is the backend's (page_bytes() says how large it wants one).

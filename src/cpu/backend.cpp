@@ -16,8 +16,11 @@ namespace camelid {
 namespace cpu {
 namespace {
 
-// Rows of one attention task: enough to use each key block many times, few enough to share.
-constexpr std::int64_t kAttendRows = 16;
+// Queries (rows times the heads that share a kv head) of one attention task: enough to use each key
+// many times; at head_dim 128 their sums of two pieces are 128 KiB, which with a page fit L2.
+constexpr std::int64_t kAttendQueries = 128;
+// Attention tasks per thread. With fewer (few kv heads, few rows) their keys are shared out too.
+constexpr std::int64_t kAttendTasksPerThread = 8;
 // Values of one task of a row-wise operation; less than this is not worth waking a thread for.
 constexpr std::int64_t kRowTaskValues = 1 << 15;
 
@@ -74,12 +77,16 @@ class CpuBackend final : public Backend {
   void multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate);
   template <class RowTask>
   void for_rows(std::int64_t n_rows, std::int64_t values_per_row, RowTask task);
+  void plan_attention(Tensor y, Tensor qkv, const AttentionLayer& layer);
+  bool share_keys();
   void store_row(float* qkv, const AttentionLayer& layer, const KvSpan& span, std::int64_t row);
 
   Workspace work_;
   FeedForward feed_forward_;
   const StepPlan* plan_ = nullptr;
-  std::vector<AttendTask> attend_tasks_;
+  std::vector<AttendTask> attend_tasks_;  // each (rows, kv head) once
+  std::vector<AttendTask> piece_tasks_;   // the same, each cut into runs of pieces
+  GrowingFloats partials_;
 };
 
 // Runs task(row) for every row, several rows to a thread's task.
@@ -140,32 +147,78 @@ void CpuBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
   }
 }
 
-void CpuBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
+void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   const KvPlan& plan = plan_of(layer);
+  const std::int64_t group = layer.n_heads / plan.pages.n_kv_heads;
+  const std::int64_t step = std::max<std::int64_t>(1, kAttendQueries / group);
   attend_tasks_.clear();
   for (const KvSpan& span : plan.spans) {
-    for (std::int64_t done = 0; done < span.n_rows; done += kAttendRows) {
+    for (std::int64_t done = 0; done < span.n_rows; done += step) {
       AttendTask task;
       task.pages = &plan.pages;
       task.span = &span;
       task.kv_layer = layer.kv_layer;
       task.n_heads = layer.n_heads;
       task.first_row = span.first_row + done;
-      task.n_rows = std::min(kAttendRows, span.n_rows - done);
+      task.n_rows = std::min(step, span.n_rows - done);
       task.q = row_of(qkv, 0);
       task.q_stride = qkv.row_stride;
       task.y = row_of(y, 0);
       task.y_stride = y.row_stride;
+      task.last_piece = count_pieces(span.first_index + done + task.n_rows);
       for (task.kv_head = 0; task.kv_head < plan.pages.n_kv_heads; ++task.kv_head) {
         attend_tasks_.push_back(task);
       }
     }
   }
+}
+
+// Cuts tasks into runs of pieces when there are too few to keep all threads busy. Returns whether
+// it did, so that partial sums are left to merge.
+bool CpuBackend::share_keys() {
   const auto n_tasks = static_cast<std::int64_t>(attend_tasks_.size());
+  const std::int64_t wanted =
+      work_.pool.n_threads() == 1 ? 1 : kAttendTasksPerThread * work_.pool.n_threads();
+  const std::int64_t most_runs = (wanted + n_tasks - 1) / std::max<std::int64_t>(n_tasks, 1);
+  const auto runs_of = [&](const AttendTask& task) { return std::min(most_runs, task.last_piece); };
+  const auto floats_of = [&](const AttendTask& task) {
+    return static_cast<std::size_t>(task.last_piece) * work_.kernels.attend_partial_floats(task);
+  };
+  std::size_t n_floats = 0;
+  for (const AttendTask& task : attend_tasks_) n_floats += runs_of(task) > 1 ? floats_of(task) : 0;
+  if (n_floats == 0) return false;
+  float* partials = partials_.at_least(n_floats);
+  piece_tasks_.clear();
+  for (AttendTask& task : attend_tasks_) {
+    const std::int64_t n_runs = runs_of(task);
+    if (n_runs > 1) {
+      task.partials = partials;
+      partials += floats_of(task);
+    }
+    for (std::int64_t run = 0; run < n_runs; ++run) {
+      piece_tasks_.push_back(task);
+      piece_tasks_.back().first_piece = run * task.last_piece / n_runs;
+      piece_tasks_.back().last_piece = (run + 1) * task.last_piece / n_runs;
+    }
+  }
+  return true;
+}
+
+void CpuBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
+  plan_attention(y, qkv, layer);
+  const bool shared = share_keys();
+  const std::vector<AttendTask>& tasks = shared ? piece_tasks_ : attend_tasks_;
+  const auto n_tasks = static_cast<std::int64_t>(tasks.size());
   work_.pool.parallel_for(n_tasks, [&](std::int64_t i, int worker) {
     // From the end: the later rows of a prompt see more keys, so the long tasks go first.
-    const AttendTask& task = attend_tasks_[static_cast<std::size_t>(n_tasks - 1 - i)];
+    const AttendTask& task = tasks[static_cast<std::size_t>(n_tasks - 1 - i)];
     work_.kernels.attend(task, work_.scratch(worker, work_.kernels.attend_scratch_floats(task)));
+  });
+  if (!shared) return;
+  const auto n_merges = static_cast<std::int64_t>(attend_tasks_.size());
+  work_.pool.parallel_for(n_merges, [&](std::int64_t i, int) {
+    const AttendTask& task = attend_tasks_[static_cast<std::size_t>(i)];
+    if (task.partials != nullptr) work_.kernels.merge_attention(task);
   });
 }
 

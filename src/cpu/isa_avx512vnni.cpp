@@ -1,4 +1,4 @@
-// What VNNI makes faster than plain AVX-512: integer dot products, on Cascade Lake and Zen 4 on.
+// All but the products of floats, with the integer dot products of VNNI: Cascade Lake, Zen 4 and on.
 // Compiled with flags of its own, so nothing here may instantiate inline functions or templates of
 // another header: the linker could keep this copy for machines that lack the instructions.
 // GCC 12 takes the deliberately undefined operand inside its own AVX-512 header for a mistake
@@ -27,13 +27,25 @@ constexpr int kIntegerPanels = 4;
 
 #include "cpu/panels.inl"
 
+#include "cpu/rows.inl"
+
 #include "cpu/integer.inl"
+
+#include "cpu/attention.inl"
 
 }  // namespace
 
 bool add_avx512vnni_kernels(Kernels& table) {
   table.name = "avx512vnni";
   table.matmul_int8 = matmul_int8;
+  table.quantize_row = quantize_row;
+  table.norm_row = norm_row;
+  table.silu_mul_row = silu_mul_row;
+  table.store_kv = store_kv;
+  table.attend_scratch_floats = attend_scratch_floats;
+  table.attend = attend;
+  table.attend_partial_floats = attend_partial_floats;
+  table.merge_attention = merge_attention;
   return true;
 }
 

@@ -43,6 +43,9 @@ struct MatmulTask {
 
 // Attention of rows [first_row, first_row + n_rows) of one span, for one kv head and all query
 // heads that share it. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads * head_dim].
+// Keys come in pieces (piece_start), each summed on its own and merged in order: a task without
+// `partials` does all of that; one with it leaves the sums of its own pieces there, one after the
+// other in attend_partial_floats() each, and merge_attention() does the rest.
 struct AttendTask {
   const KvPages* pages = nullptr;
   const KvSpan* span = nullptr;
@@ -55,6 +58,9 @@ struct AttendTask {
   std::int64_t q_stride = 0;
   float* y = nullptr;
   std::int64_t y_stride = 0;
+  std::int64_t first_piece = 0;
+  std::int64_t last_piece = 0;  // exclusive
+  float* partials = nullptr;    // of piece 0
 };
 
 // RoPE, QK norm and query scale of one row of the step's qkv tensor in place, then k and v to their
@@ -89,6 +95,9 @@ struct Kernels {
   void (*store_kv)(const StoreTask& task);
   std::size_t (*attend_scratch_floats)(const AttendTask& task);
   void (*attend)(const AttendTask& task, float* scratch);
+  std::size_t (*attend_partial_floats)(const AttendTask& task);
+  // y from the partials of all pieces of one (rows, kv head).
+  void (*merge_attention)(const AttendTask& task);
 };
 
 // dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.
@@ -105,18 +114,69 @@ bool add_avx2_kernels(Kernels& table);
 bool add_avx512_kernels(Kernels& table);
 bool add_avx512vnni_kernels(Kernels& table);
 
-// Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major):
-//   [n_layers][n_kv_heads] { keys [head_dim][page_size], values [page_size][head_dim] }
-// Keys are transposed so that 16 lanes are 16 tokens. (static: each ISA's file keeps its own copy.)
-static inline std::size_t kv_element_bytes(KvType type) { return type == KvType::kF32 ? 4 : 2; }
-static inline std::size_t kv_head_bytes(const KvPages& pages) {
-  return 2 * static_cast<std::size_t>(pages.page_size * pages.head_dim) *
-         kv_element_bytes(pages.type);
+// Where piece i of a sequence's keys begins. The same for every query, so that results depend on
+// neither the cut into tasks nor on what else runs. 1024 keys are long enough to stream and to
+// make merging cheap; from 64 Ki keys on pieces grow with their index, a 32nd to a 64th of the keys
+// before them, so that ten million keys have 300 pieces rather than 10000.
+static inline std::int64_t piece_start(std::int64_t i) {
+  constexpr std::int64_t kKeys = 1024;
+  if (i < 64) return i * kKeys;
+  const std::int64_t doublings = (i - 64) / 32;
+  return (kKeys << (doublings + 1)) * (i - 32 * (doublings + 1));
 }
-static inline std::byte* kv_head_base(const KvPages& pages, std::int32_t page, std::int64_t layer,
-                                      std::int64_t kv_head) {
-  return static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
-         static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
+static inline std::int64_t count_pieces(std::int64_t n_keys) {
+  std::int64_t n = 1;
+  while (piece_start(n) < n_keys) ++n;
+  return n;
+}
+
+// Where one layer's keys and values of one kv head lie in a page (KvPages::page_bytes, row-major),
+// in blocks of 64 tokens, the last one of what is left, E being the elements that fill 32 bits:
+//   [n_layers][n_kv_heads][blocks] { keys [width / E][tokens][E],   scales f32 [tokens],
+//                                    values [tokens / E][width][E], scales f32 [tokens] }
+// A block is what attention reads at once, so it is contiguous. A lane of 32 bits holds E
+// consecutive terms of the sums of one token (keys: over head_dim) or one dimension (values: over
+// tokens), as dot product instructions want them, and 16 lanes are 16 tokens or dimensions. Only
+// int8 has scales: x = (byte - 128) * scale, biased because dot products of bytes are of unsigned
+// by signed. Scales are float32, 8 bytes beside 256 at head_dim 128, so that all parts stay aligned
+// to 64 bytes for every page size. (static: each ISA's file keeps its own copy.)
+static inline std::int64_t kv_element_bytes(KvType type) {
+  return type == KvType::kF32 ? 4 : type == KvType::kBf16 ? 2 : 1;
+}
+// Whole lanes and at least one vector: what lies past head_dim is never written, and never used.
+static inline std::int64_t kv_width(std::int64_t head_dim) {
+  return head_dim < 16 ? 16 : (head_dim + 3) / 4 * 4;
+}
+static inline std::int64_t kv_token_bytes(const KvPages& pages) {  // of one kv head
+  const std::int64_t scale = pages.type == KvType::kInt8 ? 4 : 0;
+  return 2 * (kv_width(pages.head_dim) * kv_element_bytes(pages.type) + scale);
+}
+static inline std::size_t kv_head_bytes(const KvPages& pages) {
+  return static_cast<std::size_t>(pages.page_size * kv_token_bytes(pages));
+}
+struct KvBlock {
+  std::byte* keys;
+  float* key_scales;  // int8 only
+  std::byte* values;
+  float* value_scales;    // int8 only
+  std::int64_t n_tokens;  // 64 or what the page has left, a multiple of 16
+  std::int64_t token;     // of the slot asked for
+};
+static inline KvBlock find_kv_block(const KvPages& pages, std::int32_t page, std::int64_t layer,
+                                    std::int64_t kv_head, std::int64_t slot) {
+  constexpr std::int64_t kTokens = 64;
+  const std::int64_t first = slot / kTokens * kTokens;
+  const std::int64_t left = pages.page_size - first;
+  const std::int64_t n_tokens = left < kTokens ? left : kTokens;
+  std::byte* head =
+      static_cast<std::byte*>(pages.base) + static_cast<std::size_t>(page) * pages.page_bytes +
+      static_cast<std::size_t>(layer * pages.n_kv_heads + kv_head) * kv_head_bytes(pages);
+  std::byte* keys = head + first * kv_token_bytes(pages);
+  std::byte* values = keys + n_tokens * kv_token_bytes(pages) / 2;
+  const std::int64_t scales = n_tokens * kv_width(pages.head_dim) * kv_element_bytes(pages.type);
+  return {keys,     reinterpret_cast<float*>(keys + scales),
+          values,   reinterpret_cast<float*>(values + scales),
+          n_tokens, slot - first};
 }
 
 }  // namespace camelid::cpu

@@ -151,17 +151,78 @@ inline void write_kv(std::uint16_t* p, float x) {
                                          : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// One head of k as a column of keys [head_dim][page_size], of v as a row of values
-// [page_size][head_dim].
+// One head of k and v to its token of a page.
 template <class T>
 void write_head(const StoreTask& task, std::int64_t kv_head, const float* k, const float* v) {
+  constexpr std::int64_t kPerLane = 4 / sizeof(T);
   const KvPages& pages = *task.pages;
-  T* keys = reinterpret_cast<T*>(kv_head_base(pages, task.page, task.layer->kv_layer, kv_head));
-  T* values = keys + (pages.page_size + task.slot) * pages.head_dim;
+  const KvBlock block = find_kv_block(pages, task.page, task.layer->kv_layer, kv_head, task.slot);
+  T* keys = reinterpret_cast<T*>(block.keys) + block.token * kPerLane;
+  T* values = reinterpret_cast<T*>(block.values) + block.token % kPerLane +
+              block.token / kPerLane * kPerLane * kv_width(pages.head_dim);
   for (std::int64_t d = 0; d < pages.head_dim; ++d) {
-    write_kv(keys + d * pages.page_size + task.slot, k[d]);
-    write_kv(values + d, v[d]);
+    write_kv(keys + d / kPerLane * kPerLane * block.n_tokens + d % kPerLane, k[d]);
+    write_kv(values + d * kPerLane, v[d]);
   }
+}
+
+// The largest magnitude of n values; NaN when one of them is not finite.
+inline float magnitude(const float* x, std::int64_t n) {
+  Vec largest = Vec::zero();
+  Vec check = Vec::zero();
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = n - i >= kLanes ? Vec::load(x + i) : load_first(x + i, n - i);
+    largest = max(largest, max(v, Vec::zero() - v));
+    check = fma(v, Vec::zero(), check);
+  }
+  return maximum(largest) + sum(check);
+}
+
+// How n values become integers up to `range`: integer = x * inverse, rounded; x = integer * scale.
+// Values too small to be worth it become 0, values that are not finite make the scale NaN.
+struct IntegerScale {
+  float scale;
+  float inverse;
+};
+inline IntegerScale integer_scale(const float* x, std::int64_t n, float range) {
+  constexpr float kSmallest = 1e-30f;  // range / kSmallest is still finite
+  const float largest = magnitude(x, n);
+  return {largest / range, largest > kSmallest ? range / largest : 0.0f};
+}
+// Lanes of v as integers; all 0 where the scale is NaN.
+inline Vec to_integers(Vec v, const IntegerScale& s) {
+  if (s.inverse == 0.0f) return Vec::zero();
+  return round_nearest(v * Vec::set(s.inverse));
+}
+
+// Writes byte d of x [n] to place(d). Returns the scale.
+template <class Place>
+inline float write_bytes(const float* x, std::int64_t n, Place place) {
+  const IntegerScale s = integer_scale(x, n, 127.0f);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    float lanes[kLanes];
+    const std::int64_t left = n - i < kLanes ? n - i : kLanes;
+    to_integers(load_first(x + i, left), s).store(lanes);
+    for (std::int64_t d = 0; d < left; ++d) {
+      *place(i + d) = static_cast<std::uint8_t>(128 + static_cast<int>(lanes[d]));
+    }
+  }
+  return s.scale;
+}
+
+// write_head for int8.
+inline void write_head_bytes(const StoreTask& task, std::int64_t kv_head, const float* k,
+                             const float* v) {
+  const KvPages& pages = *task.pages;
+  const KvBlock block = find_kv_block(pages, task.page, task.layer->kv_layer, kv_head, task.slot);
+  auto* keys = reinterpret_cast<std::uint8_t*>(block.keys) + block.token * 4;
+  auto* values = reinterpret_cast<std::uint8_t*>(block.values) + block.token % 4 +
+                 block.token / 4 * 4 * kv_width(pages.head_dim);
+  const std::int64_t row = 4 * block.n_tokens;
+  block.key_scales[block.token] =
+      write_bytes(k, pages.head_dim, [&](std::int64_t d) { return keys + d / 4 * row + d % 4; });
+  block.value_scales[block.token] =
+      write_bytes(v, pages.head_dim, [&](std::int64_t d) { return values + d * 4; });
 }
 
 // Source of the order of steps: transformers modeling_llama4.py, Llama4TextAttention.
@@ -180,8 +241,10 @@ void store_kv(const StoreTask& task) {
     const float* v = k + n_kv_heads * head_dim;
     if (task.pages->type == KvType::kF32) {
       write_head<float>(task, kv_head, k, v);
-    } else {
+    } else if (task.pages->type == KvType::kBf16) {
       write_head<std::uint16_t>(task, kv_head, k, v);
+    } else {
+      write_head_bytes(task, kv_head, k, v);
     }
   }
 }

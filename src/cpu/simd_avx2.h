@@ -7,6 +7,9 @@ struct Vec {
   static Vec set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Vec load_bf16(const std::uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+  static Vec load_bf16_of_pairs(const std::uint16_t* p, int i) {
+    return {bf16_of_pairs(p, i), bf16_of_pairs(p + 16, i)};
+  }
   static Vec load_f16(const std::uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
@@ -28,6 +31,12 @@ struct Vec {
     const __m256i wide =
         _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static __m256 bf16_of_pairs(const std::uint16_t* p, int i) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(
+        i == 0 ? _mm256_slli_epi32(pairs, 16)
+               : _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static __m256 widen_u8(const std::uint8_t* p) {
     return _mm256_cvtepi32_ps(
@@ -192,4 +201,52 @@ struct Dots<WeightFormat::kInt8> {
     sum = {add8(sum.lo, w.lo, even, odd), add8(sum.hi, w.hi, even, odd)};
   }
   Ints end() const { return sum; }
+};
+
+// Bytes and integers meet as 16-bit values: a saturating product of bytes would not be exact.
+constexpr int kDotsTile = 2;
+struct Bytes {
+  __m256i v[4];
+  static Bytes load(const std::uint8_t* p) {
+    Bytes r;
+    for (int i = 0; i < 4; ++i) {
+      r.v[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
+    }
+    return r;
+  }
+};
+struct FourIntegers {
+  __m256i v;
+  static void store(std::byte* row, std::int64_t, std::int64_t i, Vec x) {
+    const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * i),
+                        _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  static FourIntegers load(const std::byte* row, std::int64_t, std::int64_t i) {
+    long long four;
+    __builtin_memcpy(&four, row + 2 * i, sizeof(four));
+    return {_mm256_set1_epi64x(four)};
+  }
+};
+struct ByteDots {
+  __m256i v[4];  // of 4 lanes each: terms 0, 1 and terms 2, 3 apart
+  static ByteDots zero() {
+    const __m256i z = _mm256_setzero_si256();
+    return {{z, z, z, z}};
+  }
+  void add(const Bytes& b, FourIntegers x) {
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(b.v[i], x.v));
+    }
+  }
+  Vec plus(std::int32_t bias) const {
+    const __m256i add = _mm256_set1_epi32(bias);
+    return {_mm256_cvtepi32_ps(_mm256_add_epi32(joined(v[0], v[1]), add)),
+            _mm256_cvtepi32_ps(_mm256_add_epi32(joined(v[2], v[3]), add))};
+  }
+
+ private:
+  static __m256i joined(__m256i a, __m256i b) {
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8);
+  }
 };

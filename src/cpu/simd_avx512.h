@@ -9,6 +9,12 @@
 //   Ints: 16 int32 lanes: set load_u8, + *, to_floats
 //   Dots<Format>: sums of products of unsigned bytes with four int8 that all lanes share; begin
 //        from Ints, add at most kDotWords words, end as Ints. Exact for int4 below 16 and any int8.
+//        load_bf16_of_pairs(p, i): element i of each of 16 pairs
+//   Sums of products of bytes with integers up to kLargestInteger, exact while the true sum fits 32
+//   bits: Bytes: load, 16 lanes of 4 bytes. FourIntegers: store(row, n, i, x), integers i to i + 15
+//   of a row of n that takes 2 n bytes; load(row, n, i), integers i to i + 3. ByteDots: zero;
+//   add(bytes, integers): lane += their products; plus(bias): as floats. kDotsTile: ByteDots that fit
+//   the registers.
 
 struct Vec {
   __m512 v;
@@ -19,6 +25,12 @@ struct Vec {
     const __m512i wide =
         _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  static Vec load_bf16_of_pairs(const std::uint16_t* p, int i) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(
+        i == 0 ? _mm512_slli_epi32(pairs, 16)
+               : _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   static Vec load_f16(const std::uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -155,5 +167,91 @@ struct Dots<WeightFormat::kInt8> {
     v = _mm512_add_epi32(v, _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), odd));
   }
   Ints end() const { return {v}; }
+};
+#endif
+
+constexpr int kDotsTile = 12;
+#if defined(__AVX512VNNI__)
+// An integer is high * 256 + low, two signed bytes: VNNI multiplies bytes only, but four at a time.
+struct Bytes {
+  __m512i v;
+  static Bytes load(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+};
+struct FourIntegers {
+  __m512i low, high;
+  static void store(std::byte* row, std::int64_t n, std::int64_t i, Vec x) {
+    const __m512i integers = _mm512_cvtps_epi32(x.v);
+    const __m128i low = _mm512_cvtepi32_epi8(integers);
+    const __m512i rest = _mm512_sub_epi32(integers, _mm512_cvtepi8_epi32(low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i), low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + n + i),
+                     _mm512_cvtepi32_epi8(_mm512_srai_epi32(rest, 8)));
+  }
+  static FourIntegers load(const std::byte* row, std::int64_t n, std::int64_t i) {
+    return {broadcast(row + i), broadcast(row + n + i)};
+  }
+
+ private:
+  static __m512i broadcast(const std::byte* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return _mm512_set1_epi32(four);
+  }
+};
+struct ByteDots {
+  __m512i low, high;
+  static ByteDots zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  void add(Bytes b, FourIntegers x) {
+    add_products(low, b.v, x.low);
+    add_products(high, b.v, x.high);
+  }
+  Vec plus(std::int32_t bias) const {
+    const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    return {_mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(bias)))};
+  }
+
+ private:
+  // _mm512_dpbusd_epi32, of which GCC 12 writes every result to memory inside a loop.
+  static void add_products(__m512i& sums, __m512i bytes, __m512i integers) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(integers));
+  }
+};
+#else
+// Bytes and integers meet as 16-bit values.
+struct Bytes {
+  __m512i v[2];
+  static Bytes load(const std::uint8_t* p) {
+    const auto* halves = reinterpret_cast<const __m256i*>(p);
+    return {{_mm512_cvtepu8_epi16(_mm256_loadu_si256(halves)),
+             _mm512_cvtepu8_epi16(_mm256_loadu_si256(halves + 1))}};
+  }
+};
+struct FourIntegers {
+  __m512i v;
+  static void store(std::byte* row, std::int64_t, std::int64_t i, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * i),
+                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
+  }
+  static FourIntegers load(const std::byte* row, std::int64_t, std::int64_t i) {
+    long long four;
+    __builtin_memcpy(&four, row + 2 * i, sizeof(four));
+    return {_mm512_set1_epi64(four)};
+  }
+};
+struct ByteDots {
+  __m512i v[2];  // of 8 lanes each: terms 0, 1 and terms 2, 3 apart
+  static ByteDots zero() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+  void add(const Bytes& b, FourIntegers x) {
+    v[0] = _mm512_add_epi32(v[0], _mm512_madd_epi16(b.v[0], x.v));
+    v[1] = _mm512_add_epi32(v[1], _mm512_madd_epi16(b.v[1], x.v));
+  }
+  Vec plus(std::int32_t bias) const {
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_permutex2var_epi32(v[0], even, v[1]),
+                                         _mm512_permutex2var_epi32(v[0], odd, v[1]));
+    return {_mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(bias)))};
+  }
 };
 #endif

@@ -21,6 +21,11 @@ struct Vec {
     return convert(p, [](float x) { return x; });
   }
   static Vec load_bf16(const std::uint16_t* p) { return convert(p, bf16_to_f32); }
+  static Vec load_bf16_of_pairs(const std::uint16_t* p, int i) {
+    Vec r;
+    for (int lane = 0; lane < 16; ++lane) r.v[lane] = bf16_to_f32(p[2 * lane + i]);
+    return r;
+  }
   static Vec load_f16(const std::uint16_t* p) { return convert(p, f16_to_f32); }
   static Vec load_u8(const std::uint8_t* p) {
     return convert(p, [](std::uint8_t x) { return static_cast<float>(x); });
@@ -167,4 +172,39 @@ struct Dots {
     }
   }
   Ints end() const { return sum; }
+};
+
+constexpr int kDotsTile = 2;
+struct Bytes {
+  const std::uint8_t* p;
+  static Bytes load(const std::uint8_t* p) { return {p}; }
+};
+struct FourIntegers {
+  std::int16_t x[4];
+  static void store(std::byte* row, std::int64_t, std::int64_t i, Vec x) {
+    for (int lane = 0; lane < 16; ++lane) {
+      const auto integer = static_cast<std::int16_t>(x.v[lane]);
+      __builtin_memcpy(row + 2 * (i + lane), &integer, sizeof(integer));
+    }
+  }
+  static FourIntegers load(const std::byte* row, std::int64_t, std::int64_t i) {
+    FourIntegers r;
+    __builtin_memcpy(r.x, row + 2 * i, sizeof(r.x));
+    return r;
+  }
+};
+struct ByteDots {
+  std::uint32_t v[16];
+  static ByteDots zero() { return {}; }
+  void add(Bytes b, FourIntegers x) {
+    for (int i = 0; i < 64; ++i) v[i / 4] += static_cast<std::uint32_t>(b.p[i] * x.x[i % 4]);
+  }
+  Vec plus(std::int32_t bias) const {
+    Vec r;
+    for (int i = 0; i < 16; ++i) {
+      r.v[i] =
+          static_cast<float>(static_cast<std::int32_t>(v[i] + static_cast<std::uint32_t>(bias)));
+    }
+    return r;
+  }
 };

@@ -24,4 +24,6 @@ constexpr Kernels kTable = {
     .store_kv = store_kv,
     .attend_scratch_floats = attend_scratch_floats,
     .attend = attend,
+    .attend_partial_floats = attend_partial_floats,
+    .merge_attention = merge_attention,
 };

@@ -238,6 +238,18 @@ def test_steps_beyond_the_budget_change_nothing(checkpoint: Checkpoint) -> None:
     assert n_run > 20
 
 
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+def test_logits_of_a_smaller_kv_are_the_same_when_the_prompt_is_cut(
+    kv_cache: str, checkpoint: Checkpoint
+) -> None:
+    folder = checkpoint("scout_like")[0]
+    prompt = prompt_of("cut", 90)
+    whole = logits_in_pieces(open_engine(folder, kv_cache=kv_cache), prompt, [len(prompt)])
+    for sizes, threads in (([1], 1), ([31, 1, 2, 50], 3)):
+        engine = open_engine(folder, kv_cache=kv_cache, threads=threads)
+        assert_same_bits(logits_in_pieces(engine, prompt, sizes), whole)
+
+
 def test_freed_pages_do_not_leak_into_another_sequence(checkpoint: Checkpoint) -> None:
     engine = open_engine(checkpoint("scout_like")[0], page_size=PAGE)
     wanted = logits_in_pieces(engine, prompt_of("clean", 70), [70])
@@ -246,15 +258,18 @@ def test_freed_pages_do_not_leak_into_another_sequence(checkpoint: Checkpoint) -
     assert_same_bits(logits_in_pieces(engine, prompt_of("clean", 70), [70]), wanted)
 
 
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
 @pytest.mark.parametrize("name", ["scout_like", "maverick_like", "no_chunk"])
-def test_bf16_kv_is_close_to_f32_kv(name: str, checkpoint: Checkpoint) -> None:
+def test_smaller_kv_is_close_to_f32_kv(name: str, kv_cache: str, checkpoint: Checkpoint) -> None:
     prompt = next(variant for variant in VARIANTS if variant.name == name).prompt()
     folder = checkpoint(name)[0]
     exact, rounded = (
         logits_in_pieces(open_engine(folder, kv_cache=kind), prompt, [len(prompt)])
-        for kind in ("f32", "bf16")
+        for kind in ("f32", kv_cache)
     )
-    # A BF16 value is off by up to 2^-9 of itself; averaging over keys takes from that, and layers
-    # add to it. The median, because a row whose expert was chosen by a hair may choose another.
+    # A BF16 value is off by up to 2^-9 of itself, an int8 one by 1/254 of its head's largest.
+    # Averaging over keys takes from that, and layers add to it. The median, because a row whose
+    # expert was chosen by a hair may choose another.
     worst_of_row = np.abs(rounded - exact).max(axis=1) / exact.std()
-    assert 0 < np.median(worst_of_row) < 10 * 2**-9
+    off = {"bf16": 2**-9, "int8": 1 / 254}[kv_cache]
+    assert 0 < np.median(worst_of_row) < 10 * off

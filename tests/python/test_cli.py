@@ -155,7 +155,7 @@ def test_the_kv_arithmetic_is_the_engines(folder: str) -> None:
 
     with Checkpoint.open(folder) as checkpoint:
         report = inspect(checkpoint)
-    for name in ("f32", "bf16"):
+    for name in ("f32", "bf16", "int8"):
         with camelid.LLM(folder, device="cpu", threads=1, kv_cache=name) as llm:
             core = llm._loop._core
             for n_tokens in (1, 16, 64, 65, 1000):

@@ -16,6 +16,7 @@ from weight_sources import from_bf16, to_bf16
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 200]
 HEADS = [(1, 1), (10, 2), (8, 8), (5, 1), (6, 3), (7, 7), (8, 1), (9, 3), (10, 5), (2, 1), (4, 4)]
+KV_TYPES = ["f32", "bf16", "int8"]
 HEAD_DIMS = [2, 8, 24, 64, 80, 128]
 
 
@@ -48,6 +49,10 @@ class Layer:
         stored = heads[:, self.n_heads :]
         if self.type == "bf16":
             stored = from_bf16(to_bf16(np.ascontiguousarray(stored)))
+        elif self.type == "int8":
+            largest = np.abs(stored).max(axis=2, keepdims=True)
+            integers = np.rint(stored * (np.float32(127) / largest))
+            stored = integers * (largest / np.float32(127))
         return heads[:, : self.n_heads], stored[:, : self.n_kv_heads], stored[:, self.n_kv_heads :]
 
 
@@ -107,7 +112,9 @@ def reference(layer: Layer, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A score is a float32 chain of head_dim terms: it errs by head_dim + 2 half-ulps of the sum of
     magnitudes. An error e of the scores changes a weight by the factor 1 + 2 e, the sums over keys
     and the merging of strips add a half-ulp each. Pages of bf16 allow no more: the reference
-    rounds keys and values as they do.
+    rounds keys and values as they do. So it does for int8, whose scores and weights are integers
+    up to 32639: half a unit of each query element, and of each weight beside the largest of its
+    strip, which is no more than the sum of all.
     """
     q, k, v = (x.astype(np.float64) for x in layer.split(qkv))
     group = layer.n_heads // layer.n_kv_heads
@@ -122,6 +129,11 @@ def reference(layer: Layer, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     weights /= weights.sum(axis=2, keepdims=True)
     half_ulps = 2 * (layer.head_dim + 2) * magnitudes.max(axis=2) + np.arange(len(qkv)) + 8
     error = half_ulps.T * 2.0**-24 * np.abs(v).max()
+    if layer.type == "int8":
+        unit = np.abs(q).max(axis=2) / 32639
+        of_scores = scale * unit / 2 * np.abs(k).sum(axis=2).max()
+        of_weights = len(qkv) / 32639 / 2
+        error = error + (2 * of_scores + of_weights) * np.abs(v).max()
     y = np.einsum("hqk,khd->qhd", weights, v)
     return y.reshape(len(qkv), -1), np.repeat(error, layer.head_dim, axis=1)
 
@@ -139,11 +151,11 @@ def assert_close(got: np.ndarray, layer: Layer, qkv: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_attend_matches_numpy(isa: str, kv_type: str, head_dim: int) -> None:
     ops = testing.Ops(isa)
     # Heads and page sizes go round at different speeds, so that most pairs with a length occur.
-    turn = HEAD_DIMS.index(head_dim) + len(HEAD_DIMS) * (kv_type == "bf16")
+    turn = HEAD_DIMS.index(head_dim) + len(HEAD_DIMS) * KV_TYPES.index(kv_type)
     for i, length in enumerate(LENGTHS):
         n_heads, n_kv_heads = HEADS[(turn + i) % len(HEADS)]
         page_size = (16, 32, 64)[(turn + i) % 3]
@@ -161,7 +173,7 @@ def test_attend_decodes_one_token_after_any_length(isa: str, page_size: int) -> 
     assert_close(np.concatenate(rows), layer, qkv)
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("head_dim", [2, 40, 128])
 @pytest.mark.parametrize("page_size", [16, 64, 96])
 def test_attend_bits_do_not_depend_on_cuts(
@@ -176,6 +188,39 @@ def test_attend_bits_do_not_depend_on_cuts(
             np.testing.assert_array_equal(
                 attend(testing.Ops(isa, threads), layer, qkv, cuts), whole
             )
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("page_size", [48, 64])
+def test_attend_merges_pieces_of_keys_alike_however_they_are_shared_out(
+    isa: str, page_size: int, kv_type: str
+) -> None:
+    layer = Layer(2, 1, 8, page_size, kv_type)
+    qkv = random_qkv(layer, 2100)  # pieces of 1024 keys: two whole ones and a part
+    whole = attend(testing.Ops(isa), layer, qkv)
+    assert_close(whole, layer, qkv)
+    for cuts in ([2099, 1], [1023, 1, 1, 1023, 1, 50, 1], [1000, 1030, 69, 1]):
+        for threads in (1, 2, 5):  # few rows on many threads: pieces are tasks of their own
+            got = attend(testing.Ops(isa, threads), layer, qkv, cuts)
+            np.testing.assert_array_equal(got, whole)
+
+
+@pytest.mark.parametrize("first_index", [65_535, 65_536, 67_583, 140_000])
+def test_attend_reads_every_key_once_where_pieces_grow(isa: str, first_index: int) -> None:
+    # All entries of the page table but the last are one page, so many keys cost little.
+    layer = Layer(1, 1, 16, 64)
+    kv = Kv(testing.Ops(isa, threads=2), layer, [64, 64])
+    qkv = random_qkv(layer, 64)
+    kv.step([(0, qkv)])
+    kv.tables[1] = np.append(kv.tables[0].repeat(first_index // 64), kv.tables[1])
+    n_last = first_index % 64
+    kv.done[1] = first_index - n_last
+    last = random_qkv(layer, n_last + 1, seed=1)
+    got = kv.step([(1, last)])[0][-1]
+    q, k, v = (x[:, 0].astype(np.float64) for x in layer.split(np.concatenate([qkv, last])))
+    counts = np.append(np.full(64, first_index // 64), np.ones(n_last + 1))
+    weights = counts * np.exp(k @ q[-1] / 4)
+    np.testing.assert_allclose(got, weights @ v / weights.sum(), atol=3e-6, rtol=0)
 
 
 def test_attend_bits_do_not_depend_on_other_sequences(isa: str) -> None:
@@ -193,7 +238,7 @@ def test_attend_bits_do_not_depend_on_other_sequences(isa: str) -> None:
         np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_attend_keeps_layers_of_a_page_apart(isa: str, kv_type: str) -> None:
     layers = [Layer(3, 3, 24, 16, kv_type, kv_layer=i, n_layers=3) for i in range(3)]
     inputs = [random_qkv(layer, 40, seed=i) for i, layer in enumerate(layers)]
@@ -206,7 +251,7 @@ def test_attend_keeps_layers_of_a_page_apart(isa: str, kv_type: str) -> None:
             np.testing.assert_array_equal(y, alone[first:end])
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("head_dim", [2, 24, 128])
 def test_attend_is_causal_even_for_keys_that_are_not_numbers(
     isa: str, head_dim: int, kv_type: str
@@ -260,8 +305,11 @@ def test_attend_follows_a_maximum_that_moves(isa: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 8, 24, 128])
 def test_attend_returns_the_value_of_a_single_token(isa: str, head_dim: int) -> None:
-    for kv_type in ("f32", "bf16"):
+    for kv_type in KV_TYPES:
         layer = Layer(2, 2, head_dim, 16, kv_type)
         qkv = random_qkv(layer, 1)
         _, _, v = layer.split(qkv)
-        np.testing.assert_array_equal(attend(testing.Ops(isa), layer, qkv), v.reshape(1, -1))
+        ulps = 2 * 2.0**-23 if kv_type == "int8" else 0  # of the product of two scales
+        np.testing.assert_allclose(
+            attend(testing.Ops(isa), layer, qkv), v.reshape(1, -1), rtol=ulps, atol=0
+        )
