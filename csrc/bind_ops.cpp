@@ -35,8 +35,8 @@ Tensor rows_of(Floats& array, std::int64_t dim) {
 }
 
 std::vector<PackOptions> options_for(std::size_t n, const std::string& format,
-                                     std::int64_t group_size) {
-  return std::vector<PackOptions>(n, {format_from_name(format), group_size});
+                                     std::int64_t group_size, bool precise) {
+  return std::vector<PackOptions>(n, {format_from_name(format), group_size, precise});
 }
 
 // The pages and spans of one kind of layer, from plain arrays.
@@ -53,11 +53,11 @@ class Ops {
   std::string describe() const { return backend_->describe(); }
 
   std::unique_ptr<Matrix> pack(const std::vector<py::object>& stack, const std::string& format,
-                               std::int64_t group_size) {
+                               std::int64_t group_size, bool precise) {
     BufferGuard guard;
     std::vector<LinearSource> sources;
     for (const py::object& source : stack) sources.push_back(to_linear(source, guard));
-    return backend_->pack(sources, options_for(sources.size(), format, group_size));
+    return backend_->pack(sources, options_for(sources.size(), format, group_size, precise));
   }
 
   void matmul(Floats y, Floats x, const Matrix& w, bool accumulate) {
@@ -83,14 +83,14 @@ class Ops {
   // Stacks gate over up, as the model does.
   Mlp make_mlp(const py::object& gate, const py::object& up, const py::object& down,
                const std::string& format, std::int64_t group_size) {
-    return {pack({gate, up}, format, group_size), pack({down}, format, group_size)};
+    return {pack({gate, up}, format, group_size, false), pack({down}, format, group_size, false)};
   }
 
   Experts make_experts(const py::object& router, const std::vector<py::tuple>& routed,
                        const py::tuple& shared, std::int64_t top_k, const std::string& format,
                        std::int64_t group_size) {
     Experts experts;
-    experts.router = pack({router}, "f32", 0);
+    experts.router = pack({router}, "f32", 0, false);
     for (const py::tuple& m : routed) {
       experts.routed.push_back(make_mlp(m[0], m[1], m[2], format, group_size));
     }
@@ -234,7 +234,8 @@ void bind_testing(py::module_& m) {
       .def(py::init<const std::string&, int, bool>(), py::arg("isa") = "", py::arg("threads") = 1,
            py::arg("int8_activations") = false)
       .def("describe", &Ops::describe)
-      .def("pack", &Ops::pack, py::arg("stack"), py::arg("format"), py::arg("group_size") = 0)
+      .def("pack", &Ops::pack, py::arg("stack"), py::arg("format"), py::arg("group_size") = 0,
+           py::arg("precise") = false)
       .def("matmul", &Ops::matmul, py::arg("y").noconvert(), py::arg("x").noconvert(), py::arg("w"),
            py::arg("accumulate") = false)
       .def("embed", &Ops::embed)
