@@ -69,6 +69,14 @@ struct StoreTask {
   std::int64_t slot = 0;  // token within the page
 };
 
+// Up to 16 rows of a file, `n_bytes` each and `stride` bytes apart, at any address.
+struct PackRows {
+  const std::byte* first = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t n_bytes = 0;
+  std::int64_t n_rows = 0;
+};
+
 struct Kernels {
   const char* name;  // "scalar", "avx2", "avx512"
   std::size_t (*matmul_scratch_floats)(const Segment& w, std::int64_t n_rows);
@@ -89,6 +97,11 @@ struct Kernels {
   void (*store_kv)(const StoreTask& task);
   std::size_t (*attend_scratch_floats)(const AttendTask& task);
   void (*attend)(const AttendTask& task, float* scratch);
+  // One panel's words (packed.h), 64-byte aligned, from words as a file holds them; a last word cut
+  // short is filled with zeros, like rows that are missing. False when a float is not finite.
+  bool (*pack_words)(std::uint32_t* out, const PackRows& rows, WeightFormat format);
+  // The same for its scales; false also for a type that scales may not have.
+  bool (*pack_scales)(void* out, const PackRows& rows, DType dtype);
 };
 
 // dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.

@@ -12,6 +12,8 @@
 
 #include "cpu/attention.inl"
 
+#include "cpu/pack.inl"
+
 constexpr Kernels kTable = {
     .name = kTableName,
     .matmul_scratch_floats = matmul_scratch_floats,
@@ -24,4 +26,6 @@ constexpr Kernels kTable = {
     .store_kv = store_kv,
     .attend_scratch_floats = attend_scratch_floats,
     .attend = attend,
+    .pack_words = pack_words,
+    .pack_scales = pack_scales,
 };
