@@ -1,6 +1,6 @@
-// The inner loops of packing: 16 rows of a file, at any address, become a panel (packed.h), 16 words
-// of each row at a time through registers. Included inside the anonymous namespace of each
-// isa_*.cpp after simd_*.h and panels.inl; must never know of threads or of what the numbers mean.
+// The inner loops of packing: 16 rows of a file, at any address, become a panel (packed.h), 16
+// words of each row at a time through registers. Included inside the anonymous namespace of each
+// isa_*.cpp after simd_*.h and panels.inl; must never know of threads, nor what the numbers mean.
 
 // The exponent bits of the floats in a word, their lowest bits, and the bits a carry out of an
 // exponent reaches: adding the lowest bit carries from exactly the exponents that are all ones,
@@ -38,7 +38,7 @@ inline void load_block(Words (&block)[kLanes], const PackRows& rows, std::int64_
 }
 
 // Rows are short streams, over before the hardware has learnt them; the next 16 rows usually lie
-// right behind these. Measured: 10 % faster with two threads at rows of 2560 bytes, 15-40 % with one.
+// right behind these. Rows of 2560 bytes: 10 % faster with two threads, 15-40 % with one.
 inline void prefetch_next_panel(const PackRows& rows, std::int64_t first) {
   for (int i = 0; i < kLanes; ++i) {
     __builtin_prefetch(rows.first + kLanes * (rows.stride + first) + i * kBlockBytes, 0, 2);
