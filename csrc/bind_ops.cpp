@@ -16,6 +16,7 @@
 #include "convert.h"
 #include "cpu/backend.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 #include "quant/quantize.h"
 
 namespace py = pybind11;
@@ -203,6 +204,13 @@ Floats read(const py::object& source, std::int64_t first_row, std::int64_t n_row
   return out;
 }
 
+// Everything a packed matrix holds, as it lies in memory (packed.h).
+py::array_t<std::uint8_t> packed_bytes(const Matrix& matrix) {
+  const Buffer& storage = static_cast<const cpu::PackedMatrix&>(matrix).storage;
+  return py::array_t<std::uint8_t>(static_cast<py::ssize_t>(matrix.bytes),
+                                   static_cast<const std::uint8_t*>(storage.data.get()));
+}
+
 // Runs `n_tasks` tasks that count their own runs; task `failing` throws. Returns the counts.
 std::vector<int> run_tasks(int threads, std::int64_t n_tasks, std::int64_t failing, int repeats) {
   ThreadPool pool(threads);
@@ -258,6 +266,7 @@ void bind_testing(py::module_& m) {
   m.def("read_rows", &read);
   m.def("run_tasks", &run_tasks, py::arg("threads"), py::arg("n_tasks"), py::arg("failing") = -1,
         py::arg("repeats") = 1);
+  m.def("packed_bytes", &packed_bytes);
   m.def("isas", &isas);
 }
 

@@ -1,6 +1,7 @@
 // A pool of threads that runs numbered tasks. Whoever calls parallel_for works too, so a pool of
-// one thread starts none. Which thread runs a task is never visible in a result: tasks must write
-// to places of their own. Knows nothing of what tasks do.
+// one thread starts none. Threads stay awake for a millisecond after a job, then sleep. Which
+// thread runs a task is never visible in a result: tasks must write to places of their own. Knows
+// nothing of what tasks do.
 #pragma once
 
 #include <atomic>

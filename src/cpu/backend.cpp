@@ -50,7 +50,7 @@ class CpuBackend final : public Backend {
   }
   std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
                                std::span<const PackOptions> options) override {
-    return pack_matrix(stack, options, work_.pool);
+    return pack_matrix(stack, options, work_.kernels, work_.pool);
   }
   Buffer upload(std::span<const float> values) override {
     Buffer buffer = allocate(values.size_bytes());

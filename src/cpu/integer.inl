@@ -1,7 +1,8 @@
 // Matrix products of int8 activations with packed int4 and int8 weights. Included inside the
 // anonymous namespace of each isa_*.cpp after panels.inl; must never know of threads.
 //
-//   total[r][o] = sum over blocks, in order, of (sum_i a[r][i] (q[o][i] - zero)) * a_scale * w_scale
+//   total[r][o] = sum over blocks, in order, of
+//                 (sum_i a[r][i] (q[o][i] - zero)) * a_scale * w_scale
 //
 // q is unsigned, so the zero point moves out of the sum: each begins at -zero * (sum of the block's
 // activations) and is exact in 32 bits. Only the fold into `total` rounds, once for each block and
@@ -22,8 +23,8 @@ struct IntegerTile {
   Ints sums[R][P];
 };
 
-// Adds N words to every sum. Few sums are kept in several chains each, or the latency of one product
-// after another, not memory, would set the pace.
+// Adds N words to every sum. Few sums are kept in several chains each, or the latency of one
+// product after another, not memory, would set the pace.
 template <WeightFormat F, int N, int R, int P>
 inline __attribute__((always_inline)) void add_int_words(IntegerTile<F, R, P>& t,
                                                          std::int64_t first) {

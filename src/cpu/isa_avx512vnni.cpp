@@ -1,4 +1,4 @@
-// All but the products of floats, with the integer dot products of VNNI: Cascade Lake, Zen 4 and on.
+// All but the products of floats, with the integer dot products of VNNI: Cascade Lake, Zen 4.
 // Compiled with flags of its own, so nothing here may instantiate inline functions or templates of
 // another header: the linker could keep this copy for machines that lack the instructions.
 // GCC 12 takes the deliberately undefined operand inside its own AVX-512 header for a mistake

@@ -75,6 +75,14 @@ struct StoreTask {
   std::int64_t slot = 0;  // token within the page
 };
 
+// Up to 16 rows of a file, `n_bytes` each and `stride` bytes apart, at any address.
+struct PackRows {
+  const std::byte* first = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t n_bytes = 0;
+  std::int64_t n_rows = 0;
+};
+
 struct Kernels {
   const char* name;  // "scalar", "avx2", "avx512"
   std::size_t (*matmul_scratch_floats)(const Segment& w, std::int64_t n_rows);
@@ -98,6 +106,11 @@ struct Kernels {
   std::size_t (*attend_partial_floats)(const AttendTask& task);
   // y from the partials of all pieces of one (rows, kv head).
   void (*merge_attention)(const AttendTask& task);
+  // One panel's words (packed.h), 64-byte aligned, from words as a file holds them; a last word cut
+  // short is filled with zeros, like rows that are missing. False when a float is not finite.
+  bool (*pack_words)(std::uint32_t* out, const PackRows& rows, WeightFormat format);
+  // The same for its scales; false also for a type that scales may not have.
+  bool (*pack_scales)(void* out, const PackRows& rows, DType dtype);
 };
 
 // dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.

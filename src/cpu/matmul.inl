@@ -1,6 +1,6 @@
 // Matrix products over packed panels (packed.h). Included by each isa_*.cpp inside its anonymous
-// namespace after panels.inl; that file also sets kTileRows x kTilePanels, the accumulators that fit
-// its registers. Two ways to the same numbers:
+// namespace after panels.inl; that file also sets kTileRows x kTilePanels, the accumulators that
+// fit its registers. Two ways to the same numbers:
 //   direct  few rows: words are unpacked in registers and used at once; bound by memory
 //   tiled   many rows: a block of inputs is unpacked to float scratch once, for all rows
 // Both form, for each output, acc = fma(x, w, acc) over the inputs in index order; scaled formats

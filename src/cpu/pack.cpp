@@ -33,9 +33,16 @@ std::size_t aligned(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * 
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// Whether the source's rows are the words of the format already.
 bool holds_format(const LinearSource& source, WeightFormat format) {
-  return (format == WeightFormat::kInt4 && source.bits == 4) ||
-         (format == WeightFormat::kInt8 && source.bits == 8);
+  if (source.bits != 0) {
+    return (format == WeightFormat::kInt4 && source.bits == 4) ||
+           (format == WeightFormat::kInt8 && source.bits == 8);
+  }
+  return source.col_stride == 1 &&
+         ((format == WeightFormat::kBf16 && source.dtype == DType::kBf16) ||
+          (format == WeightFormat::kF16 && source.dtype == DType::kF16) ||
+          (format == WeightFormat::kF32 && source.dtype == DType::kF32));
 }
 
 void set_groups(Job& job, const PackOptions& options) {
@@ -94,88 +101,81 @@ void bind(Job& job, std::byte* storage) {
   }
 }
 
-// Eight int4, lowest bits first, as packed.h wants them: each of the low four alone in a byte, the
-// high four above them.
-std::uint32_t spread_nibbles(std::uint32_t word) {
-  const auto to_bytes = [](std::uint32_t four) {
-    four = (four | four << 8) & 0x00ff00ffu;
-    return (four | four << 4) & 0x0f0f0f0fu;
-  };
-  return to_bytes(word & 0xffffu) | to_bytes(word >> 16) << 4;
-}
-
-// Words of rows side by side: out[w][lane] = rows[lane][w]; lanes past n_rows stay zero.
-void interleave_words(const std::byte* rows, std::int64_t n_rows, std::int64_t n_words,
-                      WeightFormat format, std::uint32_t* out) {
-  constexpr std::int64_t kBlock = 32;  // words of 16 rows: 2 KiB each way, well inside the cache
-  for (std::int64_t block = 0; block < n_words; block += kBlock) {
-    const std::int64_t end = std::min(block + kBlock, n_words);
-    for (std::int64_t lane = 0; lane < n_rows; ++lane) {
-      const std::byte* row = rows + lane * n_words * 4;
-      for (std::int64_t w = block; w < end; ++w) {
-        std::memcpy(out + w * kPanelRows + lane, row + w * 4, 4);
-      }
-    }
-    if (format != WeightFormat::kInt4) continue;
-    for (std::int64_t i = block * kPanelRows; i < end * kPanelRows; ++i) {
-      out[i] = spread_nibbles(out[i]);
-    }
-  }
-}
-
-// The same for scales of `bytes` each, [n_rows][n_groups] to [n_groups][16].
-void interleave_scales(const std::byte* rows, std::int64_t n_rows, std::int64_t n_groups,
-                       std::size_t bytes, std::byte* out) {
-  for (std::int64_t lane = 0; lane < n_rows; ++lane) {
-    for (std::int64_t g = 0; g < n_groups; ++g) {
-      std::memcpy(out + static_cast<std::size_t>(g * kPanelRows + lane) * bytes,
-                  rows + static_cast<std::size_t>(lane * n_groups + g) * bytes, bytes);
-    }
-  }
-}
-
 // What one worker needs to read rows and convert them.
-struct Scratch {
+struct Worker {
+  const Kernels* kernels;
   std::vector<float> rows;
   std::vector<std::int32_t> words;
   std::vector<std::uint16_t> scales;
 };
 
-void pack_verbatim(const Job& job, std::int64_t panel, std::int64_t first_row, std::int64_t n_rows,
-                   Scratch& scratch) {
+// Where a panel's parts go.
+std::uint32_t* words_of(const Job& job, std::int64_t panel) {
+  return job.words + panel * job.segment.n_words * kPanelRows;
+}
+
+void* scales_of(const Job& job, std::int64_t panel) {
   const Segment& s = job.segment;
-  const LinearSource& source = *job.source;
-  const std::int64_t groups = s.n_groups;
-  scratch.rows.resize(static_cast<std::size_t>(n_rows * groups));
-  read_scales(source, first_row, n_rows, scratch.rows.data());  // refuses what is not finite
-  interleave_words(static_cast<const std::byte*>(source.words) + first_row * s.n_words * 4, n_rows,
-                   s.n_words, s.format, job.words + panel * s.n_words * kPanelRows);
-  const std::size_t bytes = dtype_bytes(s.scale_dtype);
-  interleave_scales(static_cast<const std::byte*>(source.scales) +
-                        static_cast<std::size_t>(first_row * groups) * bytes,
-                    n_rows, groups, bytes,
-                    job.scales + static_cast<std::size_t>(panel * groups * kPanelRows) * bytes);
-  if (job.zeros == nullptr) return;
-  std::uint8_t* zeros = job.zeros + panel * groups * kPanelRows;
-  for (std::int64_t g = 0; g < groups; ++g) {
+  return job.scales +
+         static_cast<std::size_t>(panel * s.n_groups * kPanelRows) * dtype_bytes(s.scale_dtype);
+}
+
+// Rows [first_row, first_row + n_rows) of a dense matrix.
+PackRows dense_rows(const void* matrix, std::int64_t first_row, std::int64_t n_rows,
+                    std::int64_t row_bytes) {
+  return {static_cast<const std::byte*>(matrix) + first_row * row_bytes, row_bytes, row_bytes,
+          n_rows};
+}
+
+void pack_zeros(const Job& job, std::int64_t panel, std::int64_t first_row, std::int64_t n_rows) {
+  std::uint8_t* zeros = job.zeros + panel * job.segment.n_groups * kPanelRows;
+  for (std::int64_t g = 0; g < job.segment.n_groups; ++g) {
     for (std::int64_t lane = 0; lane < n_rows; ++lane) {
       zeros[g * kPanelRows + lane] =
-          static_cast<std::uint8_t>(zero_point(source, first_row + lane, g));
+          static_cast<std::uint8_t>(zero_point(*job.source, first_row + lane, g));
     }
   }
 }
 
-void pack_quantised(const Job& job, std::int64_t panel, const float* rows, std::int64_t n_rows,
-                    Scratch& scratch) {
+// Numbers that are not finite are looked for again by the readers of quantize.h, which say where
+// they are.
+void pack_verbatim(const Job& job, std::int64_t panel, std::int64_t first_row, std::int64_t n_rows,
+                   Worker& worker) {
+  const Kernels& kernels = *worker.kernels;
   const Segment& s = job.segment;
-  scratch.words.resize(static_cast<std::size_t>(n_rows * s.n_words));
-  scratch.scales.resize(static_cast<std::size_t>(n_rows * s.n_groups));
+  const LinearSource& source = *job.source;
+  if (s.n_groups == 0) {
+    const auto bytes = static_cast<std::int64_t>(dtype_bytes(source.dtype));
+    PackRows rows = dense_rows(source.data, first_row, n_rows, source.row_stride * bytes);
+    rows.n_bytes = s.in_dim * bytes;
+    if (kernels.pack_words(words_of(job, panel), rows, s.format)) return;
+    worker.rows.resize(static_cast<std::size_t>(n_rows * s.in_dim));
+    read_rows(source, first_row, n_rows, worker.rows.data());
+    return;
+  }
+  const auto scale_bytes = static_cast<std::int64_t>(dtype_bytes(s.scale_dtype));
+  const PackRows scales = dense_rows(source.scales, first_row, n_rows, s.n_groups * scale_bytes);
+  if (!kernels.pack_scales(scales_of(job, panel), scales, s.scale_dtype)) {
+    worker.rows.resize(static_cast<std::size_t>(n_rows * s.n_groups));
+    read_scales(source, first_row, n_rows, worker.rows.data());
+  }
+  kernels.pack_words(words_of(job, panel),
+                     dense_rows(source.words, first_row, n_rows, s.n_words * 4), s.format);
+  if (job.zeros != nullptr) pack_zeros(job, panel, first_row, n_rows);
+}
+
+void pack_quantised(const Job& job, std::int64_t panel, const float* rows, std::int64_t n_rows,
+                    Worker& worker) {
+  const Segment& s = job.segment;
+  worker.words.resize(static_cast<std::size_t>(n_rows * s.n_words));
+  worker.scales.resize(static_cast<std::size_t>(n_rows * s.n_groups));
   quantize_rows(rows, n_rows, s.in_dim, format_info(s.format).bits, s.group_size,
-                scratch.words.data(), scratch.scales.data());
-  interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
-                   s.format, job.words + panel * s.n_words * kPanelRows);
-  interleave_scales(reinterpret_cast<const std::byte*>(scratch.scales.data()), n_rows, s.n_groups,
-                    2, job.scales + panel * s.n_groups * kPanelRows * 2);
+                worker.words.data(), worker.scales.data());
+  worker.kernels->pack_words(words_of(job, panel),
+                             dense_rows(worker.words.data(), 0, n_rows, s.n_words * 4), s.format);
+  worker.kernels->pack_scales(scales_of(job, panel),
+                              dense_rows(worker.scales.data(), 0, n_rows, s.n_groups * 2),
+                              s.scale_dtype);
 }
 
 // f32_to_bf16 without its NaN branch: read_rows has refused NaN.
@@ -204,16 +204,16 @@ void require_f16_range(const LinearSource& source, const float* row, std::int64_
 }
 
 void pack_plain(const Job& job, std::int64_t panel, const float* rows, std::int64_t n_rows,
-                Scratch& scratch) {
+                Worker& worker) {
   const Segment& s = job.segment;
-  std::uint32_t* out = job.words + panel * s.n_words * kPanelRows;
   if (s.format == WeightFormat::kF32) {
-    interleave_words(reinterpret_cast<const std::byte*>(rows), n_rows, s.n_words, s.format, out);
+    worker.kernels->pack_words(words_of(job, panel), dense_rows(rows, 0, n_rows, s.n_words * 4),
+                               s.format);
     return;
   }
-  scratch.words.resize(static_cast<std::size_t>(n_rows * s.n_words));
+  worker.words.resize(static_cast<std::size_t>(n_rows * s.n_words));
   for (std::int64_t r = 0; r < n_rows; ++r, rows += s.in_dim) {
-    std::int32_t* words = scratch.words.data() + r * s.n_words;
+    std::int32_t* words = worker.words.data() + r * s.n_words;
     if (s.format == WeightFormat::kBf16) {
       join_halves(rows, s.in_dim, words, finite_to_bf16);
     } else {
@@ -221,8 +221,8 @@ void pack_plain(const Job& job, std::int64_t panel, const float* rows, std::int6
       join_halves(rows, s.in_dim, words, f32_to_f16);
     }
   }
-  interleave_words(reinterpret_cast<const std::byte*>(scratch.words.data()), n_rows, s.n_words,
-                   s.format, out);
+  worker.kernels->pack_words(words_of(job, panel),
+                             dense_rows(worker.words.data(), 0, n_rows, s.n_words * 4), s.format);
 }
 
 // The largest block of activations that never meets two scales of a weight row, up to 128 inputs:
@@ -243,25 +243,25 @@ std::int64_t activation_block(const std::vector<Segment>& segments) {
   return block;
 }
 
-void pack_panels(const Job& job, std::int64_t first_panel, Scratch& scratch) {
+void pack_panels(const Job& job, std::int64_t first_panel, Worker& worker) {
   const Segment& s = job.segment;
   const std::int64_t end_panel = std::min(first_panel + kPanelsPerTask, s.n_panels);
   const std::int64_t first_row = first_panel * kPanelRows;
   const std::int64_t end_row = std::min(end_panel * kPanelRows, s.out_dim);
   if (!job.verbatim) {
-    scratch.rows.resize(static_cast<std::size_t>((end_row - first_row) * s.in_dim));
-    read_rows(*job.source, first_row, end_row - first_row, scratch.rows.data());
+    worker.rows.resize(static_cast<std::size_t>((end_row - first_row) * s.in_dim));
+    read_rows(*job.source, first_row, end_row - first_row, worker.rows.data());
   }
   for (std::int64_t panel = first_panel; panel < end_panel; ++panel) {
     const std::int64_t row = panel * kPanelRows;
     const std::int64_t n_rows = std::min(kPanelRows, end_row - row);
-    const float* rows = scratch.rows.data() + (row - first_row) * s.in_dim;
+    const float* rows = worker.rows.data() + (row - first_row) * s.in_dim;
     if (job.verbatim) {
-      pack_verbatim(job, panel, row, n_rows, scratch);
+      pack_verbatim(job, panel, row, n_rows, worker);
     } else if (s.n_groups != 0) {
-      pack_quantised(job, panel, rows, n_rows, scratch);
+      pack_quantised(job, panel, rows, n_rows, worker);
     } else {
-      pack_plain(job, panel, rows, n_rows, scratch);
+      pack_plain(job, panel, rows, n_rows, worker);
     }
   }
 }
@@ -269,7 +269,8 @@ void pack_panels(const Job& job, std::int64_t first_panel, Scratch& scratch) {
 }  // namespace
 
 std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
-                                          std::span<const PackOptions> options, ThreadPool& pool) {
+                                          std::span<const PackOptions> options,
+                                          const Kernels& kernels, ThreadPool& pool) {
   auto matrix = std::make_unique<PackedMatrix>();
   std::vector<Job> jobs;
   std::size_t bytes = 0;
@@ -296,10 +297,11 @@ std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
   }
   matrix->activation_block = activation_block(matrix->segments);
   for (const PackOptions& o : options) matrix->precise = matrix->precise || o.precise;
-  std::vector<Scratch> scratch(static_cast<std::size_t>(pool.n_threads()));
+  std::vector<Worker> workers(static_cast<std::size_t>(pool.n_threads()),
+                              Worker{&kernels, {}, {}, {}});
   pool.parallel_for(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
     const auto& [job, panel] = tasks[static_cast<std::size_t>(i)];
-    pack_panels(*job, panel, scratch[static_cast<std::size_t>(worker)]);
+    pack_panels(*job, panel, workers[static_cast<std::size_t>(worker)]);
   });
   return matrix;
 }

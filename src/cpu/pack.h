@@ -1,10 +1,11 @@
-// From checkpoint matrices to the CPU's panels (packed.h). Knows nothing of kernels.
+// From checkpoint matrices to the CPU's panels (packed.h). Knows nothing of products.
 #pragma once
 
 #include <memory>
 #include <span>
 
 #include "base/threads.h"
+#include "cpu/kernels.h"
 #include "cpu/packed.h"
 
 namespace camelid::cpu {
@@ -13,6 +14,7 @@ namespace camelid::cpu {
 // its own groups, scales and zero points to the bit; every other pair goes through float32.
 // Throws kCheckpoint on values that are not finite, kUnsupported on groups that cut a word.
 std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
-                                          std::span<const PackOptions> options, ThreadPool& pool);
+                                          std::span<const PackOptions> options,
+                                          const Kernels& kernels, ThreadPool& pool);
 
 }  // namespace camelid::cpu

@@ -1,5 +1,5 @@
-// What one row needs besides matrix products: exp, RMS norm, SiLU, int8 activations, and finishing a row of q, k, v
-// (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of
+// What one row needs besides matrix products: exp, RMS norm, SiLU, int8 activations, and finishing
+// a row of q, k, v (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of
 // each isa_*.cpp after its simd_*.h; must never know of threads, nor call an inline function of std
 // (the linker could keep the copy compiled for the wider instruction set).
 

@@ -90,7 +90,83 @@ struct Words {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
   }
+  static Words zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Words load_bytes(const void* p) {
+    const auto* halves = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
+  static Words load_u16(const std::uint16_t* p) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  void store(std::uint32_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), hi);
+  }
+  void store_u16(std::uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8));
+  }
 };
+
+// Eight rows of eight words; see simd_avx512.h.
+inline void transpose8(__m256i (&w)[8]) {
+  __m256i pairs[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+  }
+  __m256i fours[8];
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    w[c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x20);
+    w[4 + c] = _mm256_permute2x128_si256(fours[c], fours[4 + c], 0x31);
+  }
+}
+
+// Quarters are transposed one by one; the two off the diagonal change places.
+inline void transpose(Words (&w)[16]) {
+  __m256i quarters[4][8];
+  for (int i = 0; i < 8; ++i) {
+    quarters[0][i] = w[i].lo;
+    quarters[1][i] = w[i].hi;
+    quarters[2][i] = w[8 + i].lo;
+    quarters[3][i] = w[8 + i].hi;
+  }
+  for (__m256i(&quarter)[8] : quarters) transpose8(quarter);
+  for (int i = 0; i < 8; ++i) {
+    w[i] = {quarters[0][i], quarters[2][i]};
+    w[8 + i] = {quarters[1][i], quarters[3][i]};
+  }
+}
+
+inline __m256i spread_nibbles8(__m256i w) {
+  const auto to_bytes = [](__m256i four) {
+    four = _mm256_and_si256(_mm256_or_si256(four, _mm256_slli_epi32(four, 8)),
+                            _mm256_set1_epi32(0x00ff00ff));
+    return _mm256_and_si256(_mm256_or_si256(four, _mm256_slli_epi32(four, 4)),
+                            _mm256_set1_epi8(15));
+  };
+  const __m256i low = to_bytes(_mm256_and_si256(w, _mm256_set1_epi32(0xffff)));
+  return _mm256_or_si256(low, _mm256_slli_epi32(to_bytes(_mm256_srli_epi32(w, 16)), 4));
+}
+inline Words spread_nibbles(Words w) { return {spread_nibbles8(w.lo), spread_nibbles8(w.hi)}; }
+
+inline Words flag_carries(Words flags, Words w, std::uint32_t mask, std::uint32_t addend) {
+  const __m256i m = _mm256_set1_epi32(static_cast<int>(mask));
+  const __m256i a = _mm256_set1_epi32(static_cast<int>(addend));
+  return {_mm256_or_si256(flags.lo, _mm256_add_epi32(_mm256_and_si256(w.lo, m), a)),
+          _mm256_or_si256(flags.hi, _mm256_add_epi32(_mm256_and_si256(w.hi, m), a))};
+}
+inline bool any(Words w, std::uint32_t mask) {
+  const __m256i m = _mm256_set1_epi32(static_cast<int>(mask));
+  return _mm256_testz_si256(_mm256_or_si256(w.lo, w.hi), m) == 0;
+}
 
 // See simd_avx512.h.
 inline __m256 small_integer(__m256i w, int shift, int mask, int half) {

@@ -5,7 +5,10 @@
 //        fma(a, b, c) = a * b + c, round_nearest, exp2_integral,
 //        sum and maximum over lanes in a fixed order
 //   Words: load; value<Format>(w, i): value i of each word as floats (q - 2^(bits-1) when scaled),
-//        low_nibbles and high_nibbles: the two halves of each byte, as bytes
+//        low_nibbles and high_nibbles: the two halves of each byte, as bytes;
+//        for packing: zero, load_bytes, load_u16 (one to a word) and their stores, transpose,
+//        spread_nibbles: eight int4, lowest bits first, as packed.h wants them,
+//        flag_carries: flags | ((w & mask) + addend), any: whether a word has a bit of mask
 //   Ints: 16 int32 lanes: set load_u8, + *, to_floats
 //   Dots<Format>: sums of products of unsigned bytes with four int8 that all lanes share; begin
 //        from Ints, add at most kDotWords words, end as Ints. Exact for int4 below 16 and any int8.
@@ -13,8 +16,8 @@
 //   Sums of products of bytes with integers up to kLargestInteger, exact while the true sum fits 32
 //   bits: Bytes: load, 16 lanes of 4 bytes. FourIntegers: store(row, n, i, x), integers i to i + 15
 //   of a row of n that takes 2 n bytes; load(row, n, i), integers i to i + 3. ByteDots: zero;
-//   add(bytes, integers): lane += their products; plus(bias): as floats. kDotsTile: ByteDots that fit
-//   the registers.
+//   add(bytes, integers): lane += their products; plus(bias): as floats. kDotsTile: ByteDots that
+//   fit the registers.
 
 struct Vec {
   __m512 v;
@@ -67,7 +70,63 @@ inline Vec exp2_integral(Vec n) {
 struct Words {
   __m512i v;
   static Words load(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Words zero() { return {_mm512_setzero_si512()}; }
+  static Words load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static Words load_u16(const std::uint16_t* p) {
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  void store(std::uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  void store_u16(std::uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
 };
+
+// Word i of row r becomes word r of row i: pairs, fours, then quarters of a register change places.
+inline void transpose(Words (&w)[16]) {
+  __m512i pairs[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(w[i].v, w[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_epi32(w[i].v, w[i + 1].v);
+  }
+  __m512i fours[16];  // [4 a + c]: word 4 q + c of rows 4 a .. 4 a + 3 in quarter q
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
+    w[c].v = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    w[4 + c].v = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    w[8 + c].v = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    w[12 + c].v = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+// In a byte of two neighbouring int4 the first stays and the second moves up a byte.
+inline __m512i nibbles_to_bytes(__m512i four) {
+  four = _mm512_and_si512(_mm512_or_si512(four, _mm512_slli_epi32(four, 8)),
+                          _mm512_set1_epi32(0x00ff00ff));
+  return _mm512_and_si512(_mm512_or_si512(four, _mm512_slli_epi32(four, 4)), _mm512_set1_epi8(15));
+}
+inline Words spread_nibbles(Words w) {
+  const __m512i low = nibbles_to_bytes(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff)));
+  const __m512i high = nibbles_to_bytes(_mm512_srli_epi32(w.v, 16));
+  return {_mm512_or_si512(low, _mm512_slli_epi32(high, 4))};
+}
+
+inline Words flag_carries(Words flags, Words w, std::uint32_t mask, std::uint32_t addend) {
+  const __m512i field = _mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(mask)));
+  const __m512i sum = _mm512_add_epi32(field, _mm512_set1_epi32(static_cast<int>(addend)));
+  return {_mm512_or_si512(flags.v, sum)};
+}
+inline bool any(Words w, std::uint32_t mask) {
+  return _mm512_test_epi32_mask(w.v, _mm512_set1_epi32(static_cast<int>(mask))) != 0;
+}
 
 // The bits `kMask << shift` of each word, an unsigned number below 2^bits, minus `half`. Put under
 // the exponent of 2^(23 - shift) those bits count units, so one subtraction leaves the exact float:

@@ -94,7 +94,53 @@ struct Words {
     for (int i = 0; i < 16; ++i) r.v[i] = p[i];
     return r;
   }
+  static Words zero() { return {}; }
+  static Words load_bytes(const void* p) {
+    Words r;
+    __builtin_memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
+  static Words load_u16(const std::uint16_t* p) {
+    Words r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+    return r;
+  }
+  void store(std::uint32_t* p) const {
+    for (int i = 0; i < 16; ++i) p[i] = v[i];
+  }
+  void store_u16(std::uint16_t* p) const {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::uint16_t>(v[i]);
+  }
 };
+
+inline void transpose(Words (&w)[16]) {
+  for (int row = 0; row < 16; ++row) {
+    for (int lane = 0; lane < row; ++lane) {
+      const std::uint32_t word = w[row].v[lane];
+      w[row].v[lane] = w[lane].v[row];
+      w[lane].v[row] = word;
+    }
+  }
+}
+
+inline Words spread_nibbles(Words w) {
+  const auto to_bytes = [](std::uint32_t four) {
+    four = (four | four << 8) & 0x00ff00ffu;
+    return (four | four << 4) & 0x0f0f0f0fu;
+  };
+  for (std::uint32_t& word : w.v) word = to_bytes(word & 0xffffu) | to_bytes(word >> 16) << 4;
+  return w;
+}
+
+inline Words flag_carries(Words flags, Words w, std::uint32_t mask, std::uint32_t addend) {
+  for (int i = 0; i < 16; ++i) flags.v[i] |= (w.v[i] & mask) + addend;
+  return flags;
+}
+inline bool any(Words w, std::uint32_t mask) {
+  std::uint32_t all = 0;
+  for (const std::uint32_t word : w.v) all |= word;
+  return (all & mask) != 0;
+}
 
 template <WeightFormat F>
 inline float value_of(std::uint32_t word, int i) {

@@ -1,5 +1,5 @@
-// All kernels of one instruction set and their table. Included by each isa_*.cpp inside its anonymous
-// namespace, after simd_*.h, kTableName and the sizes of its tiles.
+// All kernels of one instruction set and their table. Included by each isa_*.cpp inside its
+// anonymous namespace, after simd_*.h, kTableName and the sizes of its tiles.
 
 // Each builds on those before it, so blank lines keep them from being sorted.
 #include "cpu/panels.inl"
@@ -11,6 +11,8 @@
 #include "cpu/integer.inl"
 
 #include "cpu/attention.inl"
+
+#include "cpu/pack.inl"
 
 constexpr Kernels kTable = {
     .name = kTableName,
@@ -26,4 +28,6 @@ constexpr Kernels kTable = {
     .attend = attend,
     .attend_partial_floats = attend_partial_floats,
     .merge_attention = merge_attention,
+    .pack_words = pack_words,
+    .pack_scales = pack_scales,
 };

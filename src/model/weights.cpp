@@ -123,9 +123,9 @@ void Weights::load_layer(const LayerSources& sources) {
   LayerWeights layer;
   layer.input_norm = upload_norm(sources.input_norm, "input_layernorm");
   layer.post_norm = upload_norm(sources.post_norm, "post_attention_layernorm");
-  // All that follows builds on what the first layer attends to: on the demo model, int8 activations
-  // there caused more than half of all divergence (benchmarks/results/), for a part of the work that
-  // vanishes among many layers.
+  // All that follows builds on what the first layer attends to: on the demo model, int8
+  // activations there caused more than half of all divergence (benchmarks/results/), for a part of
+  // the work that vanishes among many layers.
   const bool precise = index == 0;
   layer.qkv = pack({sources.q, sources.k, sources.v}, options_.body, precise);
   layer.o = pack({sources.o}, options_.body, precise);

@@ -1,4 +1,4 @@
-"""compute="fast" on whole models: close to exact, and still independent of cuts, batches, threads."""
+"""compute="fast" on whole models: close to exact, and still independent of cuts and batches."""
 
 from __future__ import annotations
 

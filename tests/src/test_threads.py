@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from camelid._core import testing
+from camelid._core import default_threads, testing
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -21,3 +25,20 @@ def test_pool_passes_an_error_to_the_caller(threads: int) -> None:
 
 def test_pool_survives_many_short_jobs() -> None:
     assert testing.run_tasks(4, 3, repeats=20000) == [20000] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
+def test_default_threads_follows_affinity() -> None:
+    # In a process of its own: a mask cannot be widened again everywhere.
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+        "from camelid import _core; print(_core.default_threads())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "1"
+    assert 1 <= default_threads() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_option_is_honoured(threads: int) -> None:
+    assert f"{threads} thread" in testing.Ops(threads=threads).describe()
