@@ -34,12 +34,11 @@ KvType to_kv_type(const std::string& name) {
 
 std::unique_ptr<Engine> make_engine(const py::object& config, const std::string& device,
                                     int threads, const std::string& weights,
-                                    const std::string& kv_cache, bool int8_activations,
-                                    bool int8_head, std::size_t memory_bytes,
-                                    std::int64_t page_size, std::int64_t max_step_tokens,
-                                    const OnPacked& on_packed) {
+                                    const std::string& kv_cache, bool fast, bool int8_head,
+                                    std::size_t memory_bytes, std::int64_t page_size,
+                                    std::int64_t max_step_tokens, const OnPacked& on_packed) {
   EngineOptions options;
-  options.backend = {device, threads, int8_activations};
+  options.backend = {device, threads, fast};
   options.int8_head = int8_head;
   options.weights = weight_choice_from_name(weights);
   options.kv_cache = to_kv_type(kv_cache);
@@ -203,8 +202,8 @@ void bind_engine(py::module_& m) {
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make_engine), py::arg("config"), py::kw_only(), py::arg("device") = "auto",
            py::arg("threads") = 0, py::arg("weights") = "auto", py::arg("kv_cache") = "f32",
-           py::arg("int8_activations") = false, py::arg("int8_head") = false,
-           py::arg("memory_bytes") = 0, py::arg("page_size") = 64, py::arg("max_step_tokens") = 512,
+           py::arg("fast") = false, py::arg("int8_head") = false, py::arg("memory_bytes") = 0,
+           py::arg("page_size") = 64, py::arg("max_step_tokens") = 512,
            py::arg("on_packed") = OnPacked{})
       .def("load_embedding", &load_embedding, py::arg("source"))
       .def("load_layer", &load_layer, py::arg("sources"))

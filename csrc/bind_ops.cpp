@@ -48,8 +48,8 @@ struct KvState {
 
 class Ops {
  public:
-  Ops(const std::string& isa, int threads, bool int8_activations)
-      : backend_(make_cpu_backend({"cpu", threads, int8_activations}, isa)) {}
+  Ops(const std::string& isa, int threads, bool fast)
+      : backend_(make_cpu_backend({"cpu", threads, fast}, isa)) {}
 
   std::string describe() const { return backend_->describe(); }
 
@@ -240,7 +240,7 @@ void bind_testing(py::module_& m) {
   py::class_<Experts>(m, "Experts");
   py::class_<Ops>(m, "Ops")
       .def(py::init<const std::string&, int, bool>(), py::arg("isa") = "", py::arg("threads") = 1,
-           py::arg("int8_activations") = false)
+           py::arg("fast") = false)
       .def("describe", &Ops::describe)
       .def("pack", &Ops::pack, py::arg("stack"), py::arg("format"), py::arg("group_size") = 0,
            py::arg("precise") = false)

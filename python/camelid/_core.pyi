@@ -51,7 +51,7 @@ class Engine:
         threads: int = 0,
         weights: str = "auto",
         kv_cache: str = "f32",
-        int8_activations: bool = False,
+        fast: bool = False,
         int8_head: bool = False,
         memory_bytes: int = 0,
         page_size: int = 64,

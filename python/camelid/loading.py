@@ -93,7 +93,7 @@ def load(
         threads=options.threads or 0,
         weights=plan.weights,
         kv_cache=plan.kv_cache,
-        int8_activations=plan.compute == "fast",
+        fast=plan.compute == "fast",
         int8_head=plan.head == "int8",
         memory_bytes=options.memory or 0,
         max_step_tokens=max_step_tokens,

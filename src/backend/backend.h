@@ -123,9 +123,9 @@ class Backend {
 };
 
 struct BackendOptions {
-  std::string device = "auto";    // auto | cpu | cuda | cuda:N
-  int threads = 0;                // 0: physical cores this process may use
-  bool int8_activations = false;  // where weights are int4 or int8: faster, and not exact
+  std::string device = "auto";  // auto | cpu | cuda | cuda:N
+  int threads = 0;              // 0: physical cores this process may use
+  bool fast = false;            // where weights are int4 or int8: faster, and not exact
 };
 // The table of backends (registry.cpp). Throws kUnsupported with one sentence.
 std::unique_ptr<Backend> make_backend(const BackendOptions& options);

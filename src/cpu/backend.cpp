@@ -34,8 +34,8 @@ const PackedMatrix& packed(const Matrix& matrix) {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const Kernels& kernels, int n_threads, bool int8_activations)
-      : work_(kernels, n_threads, int8_activations), feed_forward_(work_) {}
+  CpuBackend(const Kernels& kernels, int n_threads, bool fast)
+      : work_(kernels, n_threads, fast), feed_forward_(work_) {}
 
   std::string describe() const override {
     const int n = work_.pool.n_threads();
@@ -247,7 +247,7 @@ std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options, std::st
     fail(ErrorCode::kInvalidRequest, "[cpu] threads is ", options.threads,
          ", expected 0 (choose) to ", kMostThreads, ".");
   }
-  return std::make_unique<cpu::CpuBackend>(kernels, n_threads, options.int8_activations);
+  return std::make_unique<cpu::CpuBackend>(kernels, n_threads, options.fast);
 }
 
 }  // namespace camelid

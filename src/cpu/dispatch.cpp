@@ -27,10 +27,12 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512vnni() { return false; }
+bool has_avx512bf16() { return false; }
 #endif
 
 // Best first. Each table begins as the one its `base` names.
@@ -41,6 +43,7 @@ struct Choice {
   bool (*runs_here)();
 };
 constexpr Choice kTables[] = {
+    {"avx512bf16", "avx512vnni", add_avx512bf16_kernels, has_avx512bf16},
     {"avx512vnni", "avx512", add_avx512vnni_kernels, has_avx512vnni},
     {"avx512", "", add_avx512_kernels, has_avx512},
     {"avx2", "", add_avx2_kernels, has_avx2},

@@ -58,7 +58,8 @@ void FeedForward::route(Tensor x, const Experts& w) {
                         .x = {row_of(x, 0), x.n_rows, x.row_stride},
                         .n_rows = x.n_rows,
                         .y = logits,
-                        .y_stride = n_experts};
+                        .y_stride = n_experts,
+                        .exact = true};
   work_.multiply({&product, 1});
   visits_.clear();
   for (std::int64_t t = 0; t < x.n_rows; ++t) {

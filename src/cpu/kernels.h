@@ -24,6 +24,12 @@ struct Int8Rows {
   std::int64_t n_blocks = 0;
 };
 
+// Rows of activations rounded to bf16.
+struct Bf16Rows {
+  const std::uint16_t* values = nullptr;  // zeros from in_dim to stride, a multiple of 64
+  std::int64_t stride = 0;
+};
+
 // y[r][first_out + o] (+)= sum_i x[rows[r]][i] * w[o][i], for the outputs of panels [first, last)
 // of `w`. x: f32 rows x_stride apart, or int8; y: f32 [n_rows, y_stride]. scratch:
 // matmul_scratch_floats() of this segment and row count. For a given row and output the result is
@@ -33,6 +39,7 @@ struct MatmulTask {
   const float* x = nullptr;  // of matmul
   std::int64_t x_stride = 0;
   const Int8Rows* x8 = nullptr;        // of matmul_int8
+  const Bf16Rows* x16 = nullptr;       // of matmul_bf16
   const std::int32_t* rows = nullptr;  // null: r + first_row
   std::int64_t first_row = 0;
   std::int64_t n_rows = 0;
@@ -90,6 +97,10 @@ struct Kernels {
                  float* scratch);
   // The same with int8 activations, for scaled formats: the integer sums of a block are exact.
   void (*matmul_int8)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel);
+  // The same for plain bf16 weights with activations rounded to bf16; null, like round_row, where the
+  // instruction set has no products of bf16.
+  void (*matmul_bf16)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel);
+  void (*round_row)(std::uint16_t* values, const float* x, std::int64_t n);
   // values[i] = round(x[i] / scale), scale = max |x| / 127 of each block of x[n]; n is padded with
   // zeros to a multiple of 64. A block that holds no finite numbers gets the scale NaN.
   void (*quantize_row)(std::int8_t* values, float* scales, std::int32_t* sums, const float* x,
@@ -126,6 +137,7 @@ bool add_scalar_kernels(Kernels& table);
 bool add_avx2_kernels(Kernels& table);
 bool add_avx512_kernels(Kernels& table);
 bool add_avx512vnni_kernels(Kernels& table);
+bool add_avx512bf16_kernels(Kernels& table);
 
 // Where piece i of a sequence's keys begins. The same for every query, so that results depend on
 // neither the cut into tasks nor on what else runs. 1024 keys are long enough to stream and to

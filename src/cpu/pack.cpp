@@ -296,6 +296,10 @@ std::unique_ptr<PackedMatrix> pack_matrix(std::span<const LinearSource> stack,
     }
   }
   matrix->activation_block = activation_block(matrix->segments);
+  matrix->plain_bf16 = true;
+  for (const Segment& s : matrix->segments) {
+    matrix->plain_bf16 = matrix->plain_bf16 && s.format == WeightFormat::kBf16;
+  }
   for (const PackOptions& o : options) matrix->precise = matrix->precise || o.precise;
   std::vector<Worker> workers(static_cast<std::size_t>(pool.n_threads()),
                               Worker{&kernels, {}, {}, {}});

@@ -49,7 +49,8 @@ class PackedMatrix final : public Matrix {
   Buffer storage;
   // Inputs that share one scale when activations are int8; 0 where they must stay float.
   std::int64_t activation_block = 0;
-  bool precise = false;  // int8 activations in two terms, the second what the first left
+  bool plain_bf16 = false;  // all segments are bf16
+  bool precise = false;     // int8 activations in two terms, the second what the first left
   std::int64_t n_panels() const {
     std::int64_t total = 0;
     for (const Segment& segment : segments) total += segment.n_panels;

@@ -1,6 +1,6 @@
 // What matrix products over packed panels (packed.h) share: where words, scales and zero points of
-// a panel lie, and how a finished dot product is written. Included inside the anonymous namespace of
-// each isa_*.cpp after simd_*.h.
+// a panel lie, and how a finished dot product is written. Included inside the anonymous namespace
+// of each isa_*.cpp after simd_*.h.
 
 constexpr int kLanes = 16;
 

@@ -1,7 +1,7 @@
 // What one row needs besides matrix products: exp, RMS norm, SiLU, int8 activations, and finishing
-// a row of q, k, v (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous namespace of
-// each isa_*.cpp after its simd_*.h; must never know of threads, nor call an inline function of std
-// (the linker could keep the copy compiled for the wider instruction set).
+// a row of q, k, v (RoPE, QK norm, query scale) on its way to a KV page. Included inside the
+// anonymous namespace of each isa_*.cpp after its simd_*.h; must never know of threads, nor call an
+// inline function of std (the linker could keep the copy compiled for the wider instruction set).
 
 // Lanes [0, n) of p, the rest zero. Reads nothing past p[n - 1].
 inline Vec load_first(const float* p, std::int64_t n) {

@@ -45,11 +45,8 @@ float* GrowingFloats::at_least(std::size_t n) {
   return static_cast<float*>(buffer_.data.get());
 }
 
-Workspace::Workspace(const Kernels& table, int n_threads, bool int8_activations)
-    : kernels(table),
-      pool(n_threads),
-      int8_activations_(int8_activations),
-      scratch_(static_cast<std::size_t>(n_threads)) {}
+Workspace::Workspace(const Kernels& table, int n_threads, bool fast)
+    : kernels(table), pool(n_threads), fast_(fast), scratch_(static_cast<std::size_t>(n_threads)) {}
 
 float* Workspace::scratch(int worker, std::size_t n) {
   return scratch_[static_cast<std::size_t>(worker)].at_least(n);
@@ -83,10 +80,13 @@ void Workspace::multiply(std::span<const Product> products) {
 Workspace::Terms Workspace::quantise(const Product& product) {
   const std::int64_t block = product.w->activation_block;
   const std::int64_t dim = product.w->in_dim;
-  if (!int8_activations_ || block == 0) return {};
+  if (!fast_ || product.exact) return {};
+  const bool bf16 = product.w->plain_bf16 && !product.w->precise && kernels.matmul_bf16 != nullptr;
+  if (bf16) return {nullptr, nullptr, &round(product.x, dim)};
+  if (block == 0) return {};
   Quantised& first = quantise(product.x, dim, block);
-  if (!product.w->precise) return {&first.rows, nullptr};
-  return {&first.rows, &quantise(rest_of(first, product.x, dim), dim, block).rows};
+  if (!product.w->precise) return {&first.rows, nullptr, nullptr};
+  return {&first.rows, &quantise(rest_of(first, product.x, dim), dim, block).rows, nullptr};
 }
 
 // Rows as int8, made once for all products of a call that share them.
@@ -114,6 +114,26 @@ Workspace::Quantised& Workspace::quantise(const Rows& x, std::int64_t dim, std::
   return q;
 }
 
+// Rows as bf16, made once for all products of a call that share them.
+const Bf16Rows& Workspace::round(const Rows& x, std::int64_t dim) {
+  for (std::size_t i = 0; i < n_quantised_; ++i) {
+    const Quantised& q = *quantised_[i];
+    if (q.source == x.data && q.rows.block == 0) return q.rounded;
+  }
+  if (n_quantised_ == quantised_.size()) quantised_.push_back(std::make_unique<Quantised>());
+  Quantised& q = *quantised_[n_quantised_++];
+  const std::int64_t stride = ceil_div(dim, kLineBytes) * kLineBytes;
+  auto* values = reinterpret_cast<std::uint16_t*>(
+      q.values.at_least(static_cast<std::size_t>(x.n_rows * stride) / 2));
+  q.source = x.data;
+  q.rows = {};
+  q.rounded = {values, stride};
+  for_rows(x.n_rows, dim, [&](std::int64_t row) {
+    kernels.round_row(values + row * stride, x.data + row * x.stride, dim);
+  });
+  return q.rounded;
+}
+
 Rows Workspace::rest_of(Quantised& q, const Rows& x, std::int64_t dim) {
   float* rest = q.rest.at_least(static_cast<std::size_t>(x.n_rows * dim));
   if (!q.has_rest) {
@@ -139,7 +159,7 @@ void Workspace::for_rows(std::int64_t n_rows, std::int64_t dim, RowTask task) {
   });
 }
 
-void Workspace::cut(const Product& product, Terms x8, std::int64_t panel_step) {
+void Workspace::cut(const Product& product, Terms terms, std::int64_t panel_step) {
   const std::int64_t n_panels = product.w->n_panels();
   const std::int64_t pieces = ceil_div(n_panels, panel_step);
   // Few panels and many rows (a router): cut the rows as well.
@@ -148,7 +168,8 @@ void Workspace::cut(const Product& product, Terms x8, std::int64_t panel_step) {
   for (std::int64_t panel = 0; panel < n_panels; panel += panel_step) {
     const std::int64_t last = std::min(panel + panel_step, n_panels);
     for (std::int64_t row = 0; row < product.n_rows; row += row_step) {
-      tasks_.push_back({&product, x8, panel, last, row, std::min(row_step, product.n_rows - row)});
+      tasks_.push_back(
+          {&product, terms, panel, last, row, std::min(row_step, product.n_rows - row)});
     }
   }
 }
@@ -160,19 +181,22 @@ void Workspace::run(const Task& task, int worker) {
   for (const Segment& segment : p.w->segments) {
     if (last <= 0) break;
     if (first < segment.n_panels) {
-      const MatmulTask work{.w = &segment,
-                            .x = p.x.data,
-                            .x_stride = p.x.stride,
-                            .rows = p.rows == nullptr ? nullptr : p.rows + task.first_row,
-                            .first_row = p.first_row + task.first_row,
-                            .n_rows = task.n_rows,
-                            .y = p.y + task.first_row * p.y_stride,
-                            .y_stride = p.y_stride,
-                            .accumulate = p.accumulate};
+      MatmulTask work{.w = &segment,
+                      .x = p.x.data,
+                      .x_stride = p.x.stride,
+                      .rows = p.rows == nullptr ? nullptr : p.rows + task.first_row,
+                      .first_row = p.first_row + task.first_row,
+                      .n_rows = task.n_rows,
+                      .y = p.y + task.first_row * p.y_stride,
+                      .y_stride = p.y_stride,
+                      .accumulate = p.accumulate};
       const std::int64_t from = std::max<std::int64_t>(first, 0);
       const std::int64_t to = std::min(last, segment.n_panels);
-      if (task.x8.first != nullptr) {
-        run_integer(work, task.x8, from, to);
+      if (task.terms.first != nullptr) {
+        run_integer(work, task.terms, from, to);
+      } else if (task.terms.bf16 != nullptr) {
+        work.x16 = task.terms.bf16;
+        kernels.matmul_bf16(work, from, to);
       } else {
         kernels.matmul(work, from, to,
                        scratch(worker, kernels.matmul_scratch_floats(segment, task.n_rows)));

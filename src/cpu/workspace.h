@@ -40,12 +40,14 @@ struct Product {
   float* y = nullptr;
   std::int64_t y_stride = 0;
   bool accumulate = false;
+  bool exact = false;  // in float, whatever the others do
 };
 
 class Workspace {
  public:
-  // int8_activations: multiply by quantised weights in integers, where their groups allow it.
-  Workspace(const Kernels& kernels, int n_threads, bool int8_activations);
+  // fast: multiply by quantised weights in integers where their groups allow it, and by bf16 ones
+  // in bf16 where the instruction set can.
+  Workspace(const Kernels& kernels, int n_threads, bool fast);
 
   const Kernels& kernels;
   ThreadPool pool;
@@ -65,31 +67,34 @@ class Workspace {
   struct Quantised {
     const float* source = nullptr;
     Int8Rows rows;
+    Bf16Rows rounded;
     GrowingFloats values, scales, sums;
     GrowingFloats rest;  // what the int8 values leave of the source, where somebody asked for it
     bool has_rest = false;
   };
-  // The terms of a product's input as int8; none where it runs in float.
+  // A product's input as int8 in one term or two, or as bf16; neither where it runs in float.
   struct Terms {
     const Int8Rows* first = nullptr;
     const Int8Rows* second = nullptr;
+    const Bf16Rows* bf16 = nullptr;
   };
   struct Task {
     const Product* product;
-    Terms x8;
+    Terms terms;
     std::int64_t first_panel, last_panel;
     std::int64_t first_row, n_rows;
   };
   Terms quantise(const Product& product);
   Quantised& quantise(const Rows& x, std::int64_t dim, std::int64_t block);
+  const Bf16Rows& round(const Rows& x, std::int64_t dim);
   Rows rest_of(Quantised& q, const Rows& x, std::int64_t dim);
   template <class RowTask>
   void for_rows(std::int64_t n_rows, std::int64_t dim, RowTask task);
-  void cut(const Product& product, Terms x8, std::int64_t panel_step);
+  void cut(const Product& product, Terms terms, std::int64_t panel_step);
   void run(const Task& task, int worker);
   void run_integer(MatmulTask work, Terms x8, std::int64_t first, std::int64_t last);
 
-  bool int8_activations_;
+  bool fast_;
   std::vector<std::unique_ptr<Quantised>> quantised_;  // the first n_quantised_ are in use
   std::size_t n_quantised_ = 0;
   std::vector<Task> tasks_;

@@ -35,7 +35,7 @@ def test_fast_is_close_to_exact(folder: Path) -> None:
 
 
 def test_fast_does_not_depend_on_cuts_batches_or_threads(folder: Path) -> None:
-    engine = open_engine(folder, int8_activations=True, int8_head=True)
+    engine = open_engine(folder, fast=True, int8_head=True)
     whole = logits_in_pieces(engine, TOKENS, [len(TOKENS)])
     for sizes in ([1], [7, 3], [64, 1]):
         assert_same_bits(logits_in_pieces(engine, TOKENS, sizes), whole)
@@ -44,5 +44,5 @@ def test_fast_does_not_depend_on_cuts_batches_or_threads(folder: Path) -> None:
     assert_same_bits(first[:40], whole[:40])
     second = step(engine, [(sequences[2], TOKENS[:3]), (sequences[0], TOKENS[40:])]).logits
     assert_same_bits(second[3:], whole[40:])
-    many = open_engine(folder, int8_activations=True, int8_head=True, threads=3)
+    many = open_engine(folder, fast=True, int8_head=True, threads=3)
     assert_same_bits(logits_in_pieces(many, TOKENS, [len(TOKENS)]), whole)

@@ -59,7 +59,7 @@ def test_products_match_numpy(
     isa: str, bits: int, group_size: int, in_dim: int, asymmetric: bool
 ) -> None:
     rng = np.random.default_rng(in_dim)
-    ops = testing.Ops(isa, int8_activations=True)
+    ops = testing.Ops(isa, fast=True)
     for out_dim in (1, 17, 150):
         source, values = quantised(rng, out_dim, in_dim, bits, group_size, asymmetric=asymmetric)
         matrix = ops.pack([source], f"int{bits}", 128)
@@ -80,14 +80,14 @@ def test_bits_depend_on_neither_rows_nor_threads_nor_fused_isa(bits: int) -> Non
     x = rng.standard_normal((77, 300)).astype(np.float32)
     of_isa = {}
     for isa in ISAS:
-        one = testing.Ops(isa, int8_activations=True)
+        one = testing.Ops(isa, fast=True)
         matrix = one.pack([source], f"int{bits}")
         whole = of_isa[isa] = multiply(one, x, matrix)
         for n_rows in (1, 2, 3, 5, 6, 7, 12, 13, 31):
             np.testing.assert_array_equal(multiply(one, x[:n_rows], matrix), whole[:n_rows])
         np.testing.assert_array_equal(multiply(one, x[76:], matrix), whole[76:])
         for threads in (2, 5):
-            many = testing.Ops(isa, threads=threads, int8_activations=True)
+            many = testing.Ops(isa, threads=threads, fast=True)
             np.testing.assert_array_equal(multiply(many, x, matrix), whole)
             np.testing.assert_array_equal(multiply(many, x[:1], matrix), whole[:1])
     for isa in FUSED[1:]:
@@ -97,7 +97,7 @@ def test_bits_depend_on_neither_rows_nor_threads_nor_fused_isa(bits: int) -> Non
 @pytest.mark.parametrize("isa", ISAS)
 def test_extreme_bytes_do_not_saturate(isa: str) -> None:
     """All products of one sign and full size: where 16-bit sums of byte products would overflow."""
-    ops = testing.Ops(isa, int8_activations=True)
+    ops = testing.Ops(isa, fast=True)
     for bits in (4, 8):
         source, values = quantised(np.random.default_rng(0), 16, 256, bits, 128)
         source.words[:] = 255  # the largest code everywhere
@@ -118,7 +118,7 @@ def test_extreme_bytes_do_not_saturate(isa: str) -> None:
 def test_numbers_that_are_not_finite_are_not_hidden(isa: str, bad: float) -> None:
     rng = np.random.default_rng(4)
     source, _ = quantised(rng, 20, 256, 4, 128)
-    ops = testing.Ops(isa, int8_activations=True)
+    ops = testing.Ops(isa, fast=True)
     x = rng.standard_normal((3, 256)).astype(np.float32)
     clean = multiply(ops, x, ops.pack([source], "int4"))
     x[1, 200] = bad
@@ -133,7 +133,7 @@ def test_two_terms_are_nearly_exact(isa: str) -> None:
     source, values = quantised(rng, 150, 512, 4, 128)
     x = rng.standard_normal((9, 512)).astype(np.float32)
     wanted = x.astype(np.float64) @ values.astype(np.float64).T
-    ops = testing.Ops(isa, threads=2, int8_activations=True)
+    ops = testing.Ops(isa, threads=2, fast=True)
     errors = [
         np.abs(multiply(ops, x, ops.pack([source], "int4", precise=precise)) - wanted).max()
         for precise in (False, True)
@@ -150,7 +150,7 @@ def test_plain_and_mixed_stacks_stay_float(isa: str) -> None:
     second, b = quantised(rng, 20, 256, 4, 32)
     third, c = plain(rng.standard_normal((20, 256)).astype(np.float32))
     x = rng.standard_normal((4, 256)).astype(np.float32)
-    ops, exact = testing.Ops(isa, int8_activations=True), testing.Ops(isa)
+    ops, exact = testing.Ops(isa, fast=True), testing.Ops(isa)
     for stack, fmt, values in (([first, second], "int4", [a, b]), ([third], "f32", [c])):
         got = multiply(ops, x, ops.pack(stack, fmt))
         np.testing.assert_array_equal(got, multiply(exact, x, exact.pack(stack, fmt)))
