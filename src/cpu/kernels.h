@@ -97,8 +97,8 @@ struct Kernels {
                  float* scratch);
   // The same with int8 activations, for scaled formats: the integer sums of a block are exact.
   void (*matmul_int8)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel);
-  // The same for plain bf16 weights with activations rounded to bf16; null, like round_row, where the
-  // instruction set has no products of bf16.
+  // The same for plain bf16 weights with activations rounded to bf16; null, like round_row, where
+  // the instruction set has no products of bf16.
   void (*matmul_bf16)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel);
   void (*round_row)(std::uint16_t* values, const float* x, std::int64_t n);
   // values[i] = round(x[i] / scale), scale = max |x| / 127 of each block of x[n]; n is padded with

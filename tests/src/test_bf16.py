@@ -1,4 +1,4 @@
-"""Products of bf16 activations with bf16 weights (src/cpu/bf16.inl), where the processor has them."""
+"""Products of bf16 activations with bf16 weights (src/cpu/bf16.inl), where a processor has them."""
 
 from __future__ import annotations
 
