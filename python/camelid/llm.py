@@ -64,8 +64,9 @@ class LLM:
         device: "auto", "cpu", "cuda" or "cuda:N".
         weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings and router are never made
             smaller than bf16, the head only by `head`.
-        compute: "exact" multiplies float activations, "fast" int8 ones by INT4 and INT8 weights;
-            auto is fast from 64 MiB of such weights on.
+        compute: "exact" multiplies float activations; "fast" int8 ones by INT4 and INT8 weights,
+            and bf16 ones by bf16 weights where the processor can; auto is fast from 64 MiB of INT4
+            and INT8 weights on.
         head: "stored", or "int8" for a plain output head; auto is int8 where fast meets INT4
             weights.
         kv_cache: "auto", "f32", "bf16" or "int8"; auto is f32 where compute is exact, else bf16,

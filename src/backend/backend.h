@@ -125,7 +125,7 @@ class Backend {
 struct BackendOptions {
   std::string device = "auto";  // auto | cpu | cuda | cuda:N
   int threads = 0;              // 0: physical cores this process may use
-  bool fast = false;            // where weights are int4 or int8: faster, and not exact
+  bool fast = false;            // activations may be rounded to what multiplies fastest
 };
 // The table of backends (registry.cpp). Throws kUnsupported with one sentence.
 std::unique_ptr<Backend> make_backend(const BackendOptions& options);
