@@ -99,9 +99,8 @@ def test_extreme_bytes_do_not_saturate(isa: str) -> None:
     """All products of one sign and full size: where 16-bit sums of byte products would overflow."""
     ops = testing.Ops(isa, fast=True)
     for bits in (4, 8):
-        source, values = quantised(np.random.default_rng(0), 16, 256, bits, 128)
+        source, _ = quantised(np.random.default_rng(0), 16, 256, bits, 128)
         source.words[:] = 255  # the largest code everywhere
-        largest = 2 ** (bits - 1) - 1
         matrix = ops.pack([source], f"int{bits}")
         held = ops.embed(list(range(16)), matrix)
         np.testing.assert_array_equal(np.sign(held), 1.0)
@@ -109,8 +108,6 @@ def test_extreme_bytes_do_not_saturate(isa: str) -> None:
             x = np.full((6, 256), sign, np.float32)
             wanted = x.astype(np.float64) @ held.astype(np.float64).T
             np.testing.assert_allclose(multiply(ops, x, matrix), wanted, rtol=1e-6)
-        assert values.shape == held.shape
-        assert largest in (7, 127)
 
 
 @pytest.mark.parametrize("isa", ISAS)

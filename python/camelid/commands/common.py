@@ -36,7 +36,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in (
         ("--device", str, "auto, cpu, cuda or cuda:N"),
         ("--weights", str, "auto (as stored), bf16, int8 or int4"),
-        ("--compute", str, "auto, exact (float activations) or fast (int8 ones)"),
+        ("--compute", str, "auto, exact (float activations) or fast (int8 or bf16 ones)"),
         ("--head", str, "auto, stored or int8"),
         ("--kv-cache", str, "auto (f32 when exact, else bf16), f32, bf16 or int8"),
         ("--max-context", str, "most tokens of prompt and answer together, such as 32K"),
