@@ -23,9 +23,17 @@ struct CacheType {
   const char* name;
   KvType type;
   double element_bytes;
+  bool fast;
 };
-constexpr std::array kTypes = {CacheType{"f32", KvType::kF32, 4},
-                               CacheType{"bf16", KvType::kBf16, 2}};
+constexpr std::array kTypes = {
+    CacheType{"f32", KvType::kF32, 4, false}, CacheType{"bf16", KvType::kBf16, 2, false},
+    CacheType{"bf16-fast", KvType::kBf16, 2, true}, CacheType{"int8", KvType::kInt8, 1, false}};
+
+// What bounds many rows. Of int8, whose other factor has 16 bits, each product is two.
+double peak_gop_s(const CacheType& type) {
+  if (type.type == KvType::kInt8) return int8_peak_gop_s() / 2;
+  return type.fast ? bf16_peak_gop_s() : float_peak_gop_s();
+}
 
 // A cache of `n_tokens` in enough layers to be cold, and one step of `n_rows` at its end.
 class Cache {
@@ -59,7 +67,7 @@ class Cache {
 
 void attend(benchmark::State& state, const CacheType& type, std::string_view isa,
             std::int64_t n_tokens, std::int64_t n_rows) {
-  const auto backend = cpu_backend(isa);
+  const auto backend = cpu_backend(isa, type.fast);
   const Cache cache(*backend, type.type, n_tokens, n_rows);
   constexpr std::int64_t kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
   std::vector<float> qkv(static_cast<std::size_t>(n_rows * kQkv));
@@ -80,7 +88,7 @@ void attend(benchmark::State& state, const CacheType& type, std::string_view isa
       static_cast<double>(n_rows) * (static_cast<double>(n_tokens) - 0.5 * (n_rows - 1.0));
   work.operations = 4.0 * pairs * static_cast<double>(kHeads * kHeadDim);
   work.peak_gb_s = read_peak_gb_s();
-  work.peak_gop_s = float_peak_gop_s();
+  work.peak_gop_s = peak_gop_s(type);
   count(state, work);
 }
 
@@ -97,6 +105,7 @@ void add(const CacheType& type, std::string_view isa, std::int64_t n_tokens, std
 void register_attention() {
   for (const CacheType& type : kTypes) {
     for (const std::string_view isa : cpu::supported_isas()) {
+      if (type.fast && isa != "avx512bf16") continue;
       for (const std::int64_t n_tokens : {512, 8192, 32768}) {
         if (isa == "scalar" && n_tokens > 512) continue;
         add(type, isa, n_tokens, 1);

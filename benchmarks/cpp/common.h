@@ -29,7 +29,8 @@ void fill_bits(void* data, std::size_t bytes);
 // Random values in [-1, 1).
 void fill_values(float* data, std::size_t n);
 
-std::unique_ptr<Backend> cpu_backend(std::string_view isa);
+// fast: as in BackendOptions.
+std::unique_ptr<Backend> cpu_backend(std::string_view isa, bool fast = false);
 
 // The least work of one iteration, and the names of the peaks (peaks.h) it is held against.
 struct Work {

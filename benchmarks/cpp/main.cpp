@@ -63,10 +63,11 @@ void fill_values(float* data, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) data[i] = values(random);
 }
 
-std::unique_ptr<Backend> cpu_backend(std::string_view isa) {
+std::unique_ptr<Backend> cpu_backend(std::string_view isa, bool fast) {
   BackendOptions options;
   options.device = "cpu";
   options.threads = settings().threads;
+  options.fast = fast;
   return make_cpu_backend(options, isa);
 }
 

@@ -61,9 +61,15 @@ class Source {
   PackOptions options_;
 };
 
-void multiply(benchmark::State& state, WeightFormat format, std::string_view isa,
+// What bounds many rows: the products the backend makes of this format.
+double peak_gop_s(WeightFormat format, bool fast) {
+  if (!fast) return float_peak_gop_s();
+  return format_info(format).scaled ? int8_peak_gop_s() : bf16_peak_gop_s();
+}
+
+void multiply(benchmark::State& state, WeightFormat format, std::string_view isa, bool fast,
               std::int64_t n_rows) {
-  const auto backend = cpu_backend(isa);
+  const auto backend = cpu_backend(isa, fast);
   const auto weights = Source(format).pack(*backend);
   std::vector<float> x(static_cast<std::size_t>(n_rows * kIn));
   std::vector<float> y(static_cast<std::size_t>(n_rows * kOut));
@@ -79,8 +85,20 @@ void multiply(benchmark::State& state, WeightFormat format, std::string_view isa
   work.bytes = static_cast<double>(weights.front()->bytes);
   work.operations = 2.0 * static_cast<double>(n_rows * kIn * kOut);
   work.peak_gb_s = read_peak_gb_s();
-  work.peak_gop_s = format_info(format).scaled ? int8_peak_gop_s() : float_peak_gop_s();
+  work.peak_gop_s = peak_gop_s(format, fast);
   count(state, work);
+}
+
+void add(WeightFormat format, std::string_view isa, bool fast) {
+  for (const std::int64_t n_rows : {1, 4, 8, 32, 128, 512}) {
+    // Minutes for a number nobody waits for.
+    if (isa == "scalar" && n_rows > 8) continue;
+    const std::string name = "matmul/" + std::string(format_info(format).name) + "/" +
+                             std::string(isa) + (fast ? "/fast" : "/exact") +
+                             "/rows:" + std::to_string(n_rows);
+    const auto body = [=](benchmark::State& state) { multiply(state, format, isa, fast, n_rows); };
+    benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMillisecond);
+  }
 }
 
 }  // namespace
@@ -90,16 +108,9 @@ void register_matmul() {
                                    WeightFormat::kF32};
   for (const WeightFormat format : kFormats) {
     for (const std::string_view isa : cpu::supported_isas()) {
-      for (const std::int64_t n_rows : {1, 4, 8, 32, 128, 512}) {
-        // Minutes for a number nobody waits for.
-        if (isa == "scalar" && n_rows > 8) continue;
-        const std::string name = "matmul/" + std::string(format_info(format).name) + "/" +
-                                 std::string(isa) + "/rows:" + std::to_string(n_rows);
-        const auto body = [=](benchmark::State& state) { multiply(state, format, isa, n_rows); };
-        benchmark::RegisterBenchmark(name.c_str(), body)
-            ->UseRealTime()
-            ->Unit(benchmark::kMillisecond);
-      }
+      const bool in_bf16 = format == WeightFormat::kBf16 && isa == "avx512bf16";
+      if (format_info(format).scaled || in_bf16) add(format, isa, true);
+      add(format, isa, false);
     }
   }
 }

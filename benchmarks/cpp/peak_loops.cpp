@@ -78,12 +78,12 @@ bool has_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
 // Operations: chains x products of one instruction x 2.
 constexpr PeakLoop kLoops[] = {
-    {"fma256", false, kChains * 8 * 2, run_fma256, has_fma256},
-    {"fma512", false, kChains * 16 * 2, run_fma512, has_avx512},
-    {"bf16", false, kChains * 32 * 2, run_bf16, has_bf16},
-    {"maddubs256", true, kChains * 32 * 2, run_maddubs256, has_avx2},
-    {"vnni256", true, kChains * 32 * 2, run_vnni256, has_vnni},
-    {"vnni512", true, kChains * 64 * 2, run_vnni512, has_vnni},
+    {"fma256", Products::kFloat, kChains * 8 * 2, run_fma256, has_fma256},
+    {"fma512", Products::kFloat, kChains * 16 * 2, run_fma512, has_avx512},
+    {"bf16", Products::kBf16, kChains * 32 * 2, run_bf16, has_bf16},
+    {"maddubs256", Products::kInt8, kChains * 32 * 2, run_maddubs256, has_avx2},
+    {"vnni256", Products::kInt8, kChains * 32 * 2, run_vnni256, has_vnni},
+    {"vnni512", Products::kInt8, kChains * 64 * 2, run_vnni512, has_vnni},
 };
 
 __attribute__((target("avx2"))) std::uint64_t read_avx2(const char* data, std::size_t bytes) {

@@ -9,9 +9,11 @@
 
 namespace camelid::benchmarks {
 
+enum class Products { kFloat, kBf16, kInt8 };
+
 struct PeakLoop {
-  const char* name;   // "vnni512"
-  bool integer;       // of int8, else of floating point
+  const char* name;  // "vnni512"
+  Products products;
   double operations;  // of one turn; a multiply and an add are two
   void (*run)(std::int64_t turns);
   bool (*supported)();

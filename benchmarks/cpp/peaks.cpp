@@ -58,12 +58,11 @@ double best_rate(double work, Run run) {
   return best / 1e9;
 }
 
-double best_loop_gop_s(bool integer) {
+double best_loop_gop_s(Products products) {
   ThreadPool pool(settings().threads);
   double best = 0;
   for (const PeakLoop& loop : peak_loops()) {
-    const bool counts = loop.integer == integer && std::string(loop.name) != "bf16";
-    if (!counts || !loop.supported()) continue;
+    if (loop.products != products || !loop.supported()) continue;
     const double work = loop.operations * static_cast<double>(kTurns) * pool.n_threads();
     best = std::max(best, best_rate(work, [&] { loop_once(pool, loop); }));
   }
@@ -102,12 +101,17 @@ double read_peak_gb_s() {
 }
 
 double int8_peak_gop_s() {
-  static const double peak = best_loop_gop_s(true);
+  static const double peak = best_loop_gop_s(Products::kInt8);
   return peak;
 }
 
 double float_peak_gop_s() {
-  static const double peak = best_loop_gop_s(false);
+  static const double peak = best_loop_gop_s(Products::kFloat);
+  return peak;
+}
+
+double bf16_peak_gop_s() {
+  static const double peak = best_loop_gop_s(Products::kBf16);
   return peak;
 }
 

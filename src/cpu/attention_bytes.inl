@@ -212,7 +212,7 @@ void add_values(Tile& tile, const Strip<std::uint8_t>& strip) {
 }
 
 // The block's queries, which load_block() has written as floats, as integers.
-inline void convert_queries(const QueryBlock& block) {
+inline void prepare_queries(const QueryBlock& block, const std::uint8_t*) {
   const IntegerQueries& out = block.integers;
   // Exact sums of integers in float32, and of products in 32 bits: 127 * head_dim * range < 2^31.
   const float range = 16777216.0f / static_cast<float>(block.head_dim);

@@ -25,7 +25,6 @@ struct QueryBlock {
   std::int64_t n_queries;
   float* q;  // [n_queries, head_dim], times head_dim^-0.5
   IntegerQueries integers;
-  std::int64_t weights_share;  // Fetcher::share
 };
 
 // What is known of each query's attention to the keys seen so far. One after the other in memory.

@@ -19,10 +19,14 @@ namespace {
 // Queries (rows times the heads that share a kv head) of one attention task: enough to use each key
 // many times; at head_dim 128 their sums of two pieces are 128 KiB, which with a page fit L2.
 constexpr std::int64_t kAttendQueries = 128;
-// Attention tasks per thread. With fewer (few kv heads, few rows) their keys are shared out too.
+// Attention tasks per thread.
 constexpr std::int64_t kAttendTasksPerThread = 8;
+// Queries of a key up to which reading it takes longer than multiplying by it.
+constexpr std::int64_t kFewQueries = 32;
 // Values of one task of a row-wise operation; less than this is not worth waking a thread for.
 constexpr std::int64_t kRowTaskValues = 1 << 15;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 float* row_of(Tensor x, std::int64_t row) {
   return static_cast<float*>(x.data) + row * x.row_stride;
@@ -78,14 +82,23 @@ class CpuBackend final : public Backend {
   template <class RowTask>
   void for_rows(std::int64_t n_rows, std::int64_t values_per_row, RowTask task);
   void plan_attention(Tensor y, Tensor qkv, const AttentionLayer& layer);
-  bool share_keys();
+  // Parts a task of attention is cut into: of its kv heads, each of them into runs of pieces.
+  struct Cut {
+    std::int64_t heads = 1;
+    std::int64_t runs = 1;
+  };
+  void cut_attention();
+  void add_parts(AttendTask task, const Cut& cut);
+  std::size_t partial_floats(const AttendTask& task) const;
   void store_row(float* qkv, const AttentionLayer& layer, const KvSpan& span, std::int64_t row);
 
   Workspace work_;
   FeedForward feed_forward_;
   const StepPlan* plan_ = nullptr;
-  std::vector<AttendTask> attend_tasks_;  // each (rows, kv head) once
-  std::vector<AttendTask> piece_tasks_;   // the same, each cut into runs of pieces
+  std::vector<AttendTask> attend_tasks_;  // rows, all their heads and keys
+  std::vector<Cut> cuts_;                 // of each
+  std::vector<AttendTask> pieces_;        // what they were cut into
+  std::vector<AttendTask> merges_;        // one for each kv head of those with partials
   GrowingFloats partials_;
 };
 
@@ -158,6 +171,7 @@ void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& laye
       task.pages = &plan.pages;
       task.span = &span;
       task.kv_layer = layer.kv_layer;
+      task.last_kv_head = plan.pages.n_kv_heads;
       task.n_heads = layer.n_heads;
       task.first_row = span.first_row + done;
       task.n_rows = std::min(step, span.n_rows - done);
@@ -165,60 +179,87 @@ void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& laye
       task.q_stride = qkv.row_stride;
       task.y = row_of(y, 0);
       task.y_stride = y.row_stride;
-      task.last_piece = count_pieces(span.first_index + done + task.n_rows);
-      for (task.kv_head = 0; task.kv_head < plan.pages.n_kv_heads; ++task.kv_head) {
-        attend_tasks_.push_back(task);
-      }
+      task.n_pieces = count_pieces(span.first_index + done + task.n_rows);
+      task.last_piece = task.n_pieces;
+      attend_tasks_.push_back(task);
     }
   }
 }
 
-// Cuts tasks into runs of pieces when there are too few to keep all threads busy. Returns whether
-// it did, so that partial sums are left to merge.
-bool CpuBackend::share_keys() {
+// Cuts tasks of all heads and keys until there are enough to keep all threads busy. Many queries are
+// bound by arithmetic: by heads first, so that each key is used while it is in the cache. Few are
+// bound by memory, which is read best in long runs: by keys first.
+void CpuBackend::cut_attention() {
   const auto n_tasks = static_cast<std::int64_t>(attend_tasks_.size());
   const std::int64_t wanted =
       work_.pool.n_threads() == 1 ? 1 : kAttendTasksPerThread * work_.pool.n_threads();
-  const std::int64_t most_runs = (wanted + n_tasks - 1) / std::max<std::int64_t>(n_tasks, 1);
-  const auto runs_of = [&](const AttendTask& task) { return std::min(most_runs, task.last_piece); };
-  const auto floats_of = [&](const AttendTask& task) {
-    return static_cast<std::size_t>(task.last_piece) * work_.kernels.attend_partial_floats(task);
-  };
   std::size_t n_floats = 0;
-  for (const AttendTask& task : attend_tasks_) n_floats += runs_of(task) > 1 ? floats_of(task) : 0;
-  if (n_floats == 0) return false;
-  float* partials = partials_.at_least(n_floats);
-  piece_tasks_.clear();
-  for (AttendTask& task : attend_tasks_) {
-    const std::int64_t n_runs = runs_of(task);
-    if (n_runs > 1) {
-      task.partials = partials;
-      partials += floats_of(task);
+  cuts_.clear();
+  for (const AttendTask& task : attend_tasks_) {
+    const std::int64_t parts = ceil_div(wanted, n_tasks);
+    const std::int64_t n_kv_heads = task.last_kv_head;
+    Cut cut;
+    if (task.n_rows * task.n_heads / n_kv_heads > kFewQueries) {
+      cut = {n_kv_heads, std::min(ceil_div(parts, n_kv_heads), task.n_pieces)};
+    } else {
+      const std::int64_t runs = std::min(parts, task.n_pieces);
+      cut = {std::min(ceil_div(parts, runs), n_kv_heads), runs};
     }
-    for (std::int64_t run = 0; run < n_runs; ++run) {
-      piece_tasks_.push_back(task);
-      piece_tasks_.back().first_piece = run * task.last_piece / n_runs;
-      piece_tasks_.back().last_piece = (run + 1) * task.last_piece / n_runs;
+    cuts_.push_back(cut);
+    if (cut.runs > 1) n_floats += partial_floats(task);
+  }
+  float* partials = partials_.at_least(n_floats);
+  pieces_.clear();
+  merges_.clear();
+  for (std::size_t i = 0; i < attend_tasks_.size(); ++i) {
+    AttendTask& task = attend_tasks_[i];
+    if (cuts_[i].runs > 1) {
+      task.partials = partials;
+      partials += partial_floats(task);
+    }
+    add_parts(task, cuts_[i]);
+  }
+}
+
+std::size_t CpuBackend::partial_floats(const AttendTask& task) const {
+  return static_cast<std::size_t>(task.pages->n_kv_heads * task.n_pieces) *
+         work_.kernels.attend_partial_floats(task);
+}
+
+void CpuBackend::add_parts(AttendTask task, const Cut& cut) {
+  const std::int64_t n_kv_heads = task.last_kv_head;
+  for (std::int64_t part = 0; part < cut.heads; ++part) {
+    task.first_kv_head = part * n_kv_heads / cut.heads;
+    task.last_kv_head = (part + 1) * n_kv_heads / cut.heads;
+    for (std::int64_t run = 0; run < cut.runs; ++run) {
+      task.first_piece = run * task.n_pieces / cut.runs;
+      task.last_piece = (run + 1) * task.n_pieces / cut.runs;
+      pieces_.push_back(task);
     }
   }
-  return true;
+  if (task.partials == nullptr) return;
+  for (std::int64_t head = 0; head < n_kv_heads; ++head) {
+    task.first_kv_head = head;
+    task.last_kv_head = head + 1;
+    merges_.push_back(task);
+  }
 }
 
 void CpuBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   plan_attention(y, qkv, layer);
-  const bool shared = share_keys();
-  const std::vector<AttendTask>& tasks = shared ? piece_tasks_ : attend_tasks_;
-  const auto n_tasks = static_cast<std::int64_t>(tasks.size());
+  cut_attention();
+  const auto n_tasks = static_cast<std::int64_t>(pieces_.size());
+  const Kernels& kernels = work_.kernels;
+  const bool in_bf16 =
+      work_.fast && kernels.attend_bf16 != nullptr && plan_of(layer).pages.type == KvType::kBf16;
+  const auto attend_task = in_bf16 ? kernels.attend_bf16 : kernels.attend;
   work_.pool.parallel_for(n_tasks, [&](std::int64_t i, int worker) {
     // From the end: the later rows of a prompt see more keys, so the long tasks go first.
-    const AttendTask& task = tasks[static_cast<std::size_t>(n_tasks - 1 - i)];
-    work_.kernels.attend(task, work_.scratch(worker, work_.kernels.attend_scratch_floats(task)));
+    const AttendTask& task = pieces_[static_cast<std::size_t>(n_tasks - 1 - i)];
+    attend_task(task, work_.scratch(worker, kernels.attend_scratch_floats(task)));
   });
-  if (!shared) return;
-  const auto n_merges = static_cast<std::int64_t>(attend_tasks_.size());
-  work_.pool.parallel_for(n_merges, [&](std::int64_t i, int) {
-    const AttendTask& task = attend_tasks_[static_cast<std::size_t>(i)];
-    if (task.partials != nullptr) work_.kernels.merge_attention(task);
+  work_.pool.parallel_for(static_cast<std::int64_t>(merges_.size()), [&](std::int64_t i, int) {
+    kernels.merge_attention(merges_[static_cast<std::size_t>(i)]);
   });
 }
 

@@ -25,12 +25,21 @@ namespace {
 
 #include "cpu/bf16.inl"
 
+#include "cpu/vectors.inl"
+
+#include "cpu/attention_tiles.inl"
+
+#include "cpu/attention_bf16.inl"
+
+#include "cpu/attention.inl"
+
 }  // namespace
 
 bool add_avx512bf16_kernels(Kernels& table) {
   table.name = "avx512bf16";
   table.matmul_bf16 = matmul_bf16;
   table.round_row = round_row;
+  table.attend_bf16 = attend_pieces<Bf16>;
   return true;
 }
 

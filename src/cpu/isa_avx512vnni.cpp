@@ -27,11 +27,19 @@ constexpr int kIntegerPanels = 4;
 
 #include "cpu/panels.inl"
 
+#include "cpu/vectors.inl"
+
 #include "cpu/rows.inl"
 
 #include "cpu/integer.inl"
 
+#include "cpu/attention_tiles.inl"
+
+#include "cpu/attention_bytes.inl"
+
 #include "cpu/attention.inl"
+
+#include "cpu/attend.inl"
 
 }  // namespace
 

@@ -48,16 +48,17 @@ struct MatmulTask {
   bool accumulate = false;
 };
 
-// Attention of rows [first_row, first_row + n_rows) of one span, for one kv head and all query
-// heads that share it. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads * head_dim].
-// Keys come in pieces (piece_start), each summed on its own and merged in order: a task without
-// `partials` does all of that; one with it leaves the sums of its own pieces there, one after the
-// other in attend_partial_floats() each, and merge_attention() does the rest.
+// Attention of rows [first_row, first_row + n_rows) of one span, for some kv heads and all query
+// heads that share them. q: f32 rows of the step's qkv tensor; y: f32 [n_tokens, n_heads *
+// head_dim]. Keys come in pieces (piece_start), each summed on its own and merged in order: a task
+// without `partials` does all of that; one with it leaves the sums of its own pieces there, and
+// merge_attention() does the rest.
 struct AttendTask {
   const KvPages* pages = nullptr;
   const KvSpan* span = nullptr;
   std::int64_t kv_layer = 0;
-  std::int64_t kv_head = 0;
+  std::int64_t first_kv_head = 0;
+  std::int64_t last_kv_head = 0;  // exclusive
   std::int64_t n_heads = 0;
   std::int64_t first_row = 0;  // of the step
   std::int64_t n_rows = 0;
@@ -67,7 +68,9 @@ struct AttendTask {
   std::int64_t y_stride = 0;
   std::int64_t first_piece = 0;
   std::int64_t last_piece = 0;  // exclusive
-  float* partials = nullptr;    // of piece 0
+  std::int64_t n_pieces = 0;    // of all keys
+  // f32 [n_kv_heads][n_pieces][attend_partial_floats()], of all heads and pieces.
+  float* partials = nullptr;
 };
 
 // RoPE, QK norm and query scale of one row of the step's qkv tensor in place, then k and v to their
@@ -114,8 +117,12 @@ struct Kernels {
   void (*store_kv)(const StoreTask& task);
   std::size_t (*attend_scratch_floats)(const AttendTask& task);
   void (*attend)(const AttendTask& task, float* scratch);
+  // The same for caches of bf16, with queries and softmax weights rounded to bf16; null where the
+  // instruction set has no products of bf16.
+  void (*attend_bf16)(const AttendTask& task, float* scratch);
+  // Of one kv head and piece.
   std::size_t (*attend_partial_floats)(const AttendTask& task);
-  // y from the partials of all pieces of one (rows, kv head).
+  // y from the partials of all pieces.
   void (*merge_attention)(const AttendTask& task);
   // One panel's words (packed.h), 64-byte aligned, from words as a file holds them; a last word cut
   // short is filled with zeros, like rows that are missing. False when a float is not finite.

@@ -6,11 +6,19 @@
 
 #include "cpu/matmul.inl"
 
+#include "cpu/vectors.inl"
+
 #include "cpu/rows.inl"
 
 #include "cpu/integer.inl"
 
+#include "cpu/attention_tiles.inl"
+
+#include "cpu/attention_bytes.inl"
+
 #include "cpu/attention.inl"
+
+#include "cpu/attend.inl"
 
 #include "cpu/pack.inl"
 
@@ -28,6 +36,7 @@ constexpr Kernels kTable = {
     .store_kv = store_kv,
     .attend_scratch_floats = attend_scratch_floats,
     .attend = attend,
+    .attend_bf16 = nullptr,
     .attend_partial_floats = attend_partial_floats,
     .merge_attention = merge_attention,
     .pack_words = pack_words,

@@ -45,8 +45,11 @@ float* GrowingFloats::at_least(std::size_t n) {
   return static_cast<float*>(buffer_.data.get());
 }
 
-Workspace::Workspace(const Kernels& table, int n_threads, bool fast)
-    : kernels(table), pool(n_threads), fast_(fast), scratch_(static_cast<std::size_t>(n_threads)) {}
+Workspace::Workspace(const Kernels& table, int n_threads, bool is_fast)
+    : kernels(table),
+      fast(is_fast),
+      pool(n_threads),
+      scratch_(static_cast<std::size_t>(n_threads)) {}
 
 float* Workspace::scratch(int worker, std::size_t n) {
   return scratch_[static_cast<std::size_t>(worker)].at_least(n);
@@ -80,7 +83,7 @@ void Workspace::multiply(std::span<const Product> products) {
 Workspace::Terms Workspace::quantise(const Product& product) {
   const std::int64_t block = product.w->activation_block;
   const std::int64_t dim = product.w->in_dim;
-  if (!fast_ || product.exact) return {};
+  if (!fast || product.exact) return {};
   const bool bf16 = product.w->plain_bf16 && !product.w->precise && kernels.matmul_bf16 != nullptr;
   if (bf16) return {nullptr, nullptr, &round(product.x, dim)};
   if (block == 0) return {};

@@ -50,6 +50,7 @@ class Workspace {
   Workspace(const Kernels& kernels, int n_threads, bool fast);
 
   const Kernels& kernels;
+  const bool fast;
   ThreadPool pool;
 
   // All products as one list of tasks, so that a thread without work in one takes up another. They
@@ -94,7 +95,6 @@ class Workspace {
   void run(const Task& task, int worker);
   void run_integer(MatmulTask work, Terms x8, std::int64_t first, std::int64_t last);
 
-  bool fast_;
   std::vector<std::unique_ptr<Quantised>> quantised_;  // the first n_quantised_ are in use
   std::size_t n_quantised_ = 0;
   std::vector<Task> tasks_;

@@ -20,9 +20,17 @@ KV_TYPES = ["f32", "bf16", "int8"]
 HEAD_DIMS = [2, 8, 24, 64, 80, 128]
 
 
-@pytest.fixture(scope="module", params=testing.isas())
+# An instruction set; "-fast": queries and weights rounded to bf16 where the cache is bf16.
+FAST = [f"{isa}-fast" for isa in testing.isas() if isa == "avx512bf16"]
+
+
+@pytest.fixture(scope="module", params=[*testing.isas(), *FAST])
 def isa(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def make_ops(isa: str, threads: int = 1) -> testing.Ops:
+    return testing.Ops(isa.removesuffix("-fast"), threads, fast=isa in FAST)
 
 
 @dataclass
@@ -106,7 +114,7 @@ def attend(
     return np.concatenate([kv.step([(0, part)])[0] for part in parts])
 
 
-def reference(layer: Layer, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reference(layer: Layer, qkv: np.ndarray, isa: str = "") -> tuple[np.ndarray, np.ndarray]:
     """The result in float64 and the error float32 may make of it.
 
     A score is a float32 chain of head_dim terms: it errs by head_dim + 2 half-ulps of the sum of
@@ -114,7 +122,8 @@ def reference(layer: Layer, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     and the merging of strips add a half-ulp each. Pages of bf16 allow no more: the reference
     rounds keys and values as they do. So it does for int8, whose scores and weights are integers
     up to 32639: half a unit of each query element, and of each weight beside the largest of its
-    strip, which is no more than the sum of all.
+    strip, which is no more than the sum of all. Rounding to bf16 changes an element of a query or a
+    weight by 2^-9 of it.
     """
     q, k, v = (x.astype(np.float64) for x in layer.split(qkv))
     group = layer.n_heads // layer.n_kv_heads
@@ -134,13 +143,16 @@ def reference(layer: Layer, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         of_scores = scale * unit / 2 * np.abs(k).sum(axis=2).max()
         of_weights = len(qkv) / 32639 / 2
         error = error + (2 * of_scores + of_weights) * np.abs(v).max()
+    elif layer.type == "bf16" and isa in FAST:
+        of_scores = 2.0**-9 * magnitudes.max(axis=2).T
+        error = error + (2 * of_scores + 2 * 2.0**-9) * np.abs(v).max()
     y = np.einsum("hqk,khd->qhd", weights, v)
     return y.reshape(len(qkv), -1), np.repeat(error, layer.head_dim, axis=1)
 
 
-def assert_close(got: np.ndarray, layer: Layer, qkv: np.ndarray) -> None:
+def assert_close(got: np.ndarray, layer: Layer, qkv: np.ndarray, isa: str) -> None:
     """Compare with the reference; on failure name the worst element and both bit patterns."""
-    expected, allowed = reference(layer, qkv)
+    expected, allowed = reference(layer, qkv, isa)
     excess = np.abs(got - expected) / allowed
     worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), got.shape)
     a, b = np.float32(got[worst]), np.float32(expected[worst])
@@ -153,7 +165,7 @@ def assert_close(got: np.ndarray, layer: Layer, qkv: np.ndarray) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_attend_matches_numpy(isa: str, kv_type: str, head_dim: int) -> None:
-    ops = testing.Ops(isa)
+    ops = make_ops(isa)
     # Heads and page sizes go round at different speeds, so that most pairs with a length occur.
     turn = HEAD_DIMS.index(head_dim) + len(HEAD_DIMS) * KV_TYPES.index(kv_type)
     for i, length in enumerate(LENGTHS):
@@ -161,16 +173,16 @@ def test_attend_matches_numpy(isa: str, kv_type: str, head_dim: int) -> None:
         page_size = (16, 32, 64)[(turn + i) % 3]
         layer = Layer(n_heads, n_kv_heads, head_dim, page_size, kv_type)
         qkv = random_qkv(layer, length, seed=length)
-        assert_close(attend(ops, layer, qkv), layer, qkv)
+        assert_close(attend(ops, layer, qkv), layer, qkv, isa)
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 80, 128])
 def test_attend_decodes_one_token_after_any_length(isa: str, page_size: int) -> None:
     layer = Layer(6, 2, 40, page_size)
     qkv = random_qkv(layer, 131)
-    kv = Kv(testing.Ops(isa), layer, [131])
+    kv = Kv(make_ops(isa), layer, [131])
     rows = [kv.step([(0, row)])[0] for row in np.split(qkv, len(qkv))]
-    assert_close(np.concatenate(rows), layer, qkv)
+    assert_close(np.concatenate(rows), layer, qkv, isa)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
@@ -182,12 +194,10 @@ def test_attend_bits_do_not_depend_on_cuts(
     layer = Layer(10, 2, head_dim, page_size, kv_type)
     n_tokens = 150
     qkv = random_qkv(layer, n_tokens)
-    whole = attend(testing.Ops(isa), layer, qkv)
+    whole = attend(make_ops(isa), layer, qkv)
     for cuts in ([1] * n_tokens, [7] * 21 + [3], [17, 16, 15, 1, 64, 37], [149, 1], [1, 149]):
         for threads in (1, 3):
-            np.testing.assert_array_equal(
-                attend(testing.Ops(isa, threads), layer, qkv, cuts), whole
-            )
+            np.testing.assert_array_equal(attend(make_ops(isa, threads), layer, qkv, cuts), whole)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
@@ -197,11 +207,11 @@ def test_attend_merges_pieces_of_keys_alike_however_they_are_shared_out(
 ) -> None:
     layer = Layer(2, 1, 8, page_size, kv_type)
     qkv = random_qkv(layer, 2100)  # pieces of 1024 keys: two whole ones and a part
-    whole = attend(testing.Ops(isa), layer, qkv)
-    assert_close(whole, layer, qkv)
+    whole = attend(make_ops(isa), layer, qkv)
+    assert_close(whole, layer, qkv, isa)
     for cuts in ([2099, 1], [1023, 1, 1, 1023, 1, 50, 1], [1000, 1030, 69, 1]):
         for threads in (1, 2, 5):  # few rows on many threads: pieces are tasks of their own
-            got = attend(testing.Ops(isa, threads), layer, qkv, cuts)
+            got = attend(make_ops(isa, threads), layer, qkv, cuts)
             np.testing.assert_array_equal(got, whole)
 
 
@@ -209,7 +219,7 @@ def test_attend_merges_pieces_of_keys_alike_however_they_are_shared_out(
 def test_attend_reads_every_key_once_where_pieces_grow(isa: str, first_index: int) -> None:
     # All entries of the page table but the last are one page, so many keys cost little.
     layer = Layer(1, 1, 16, 64)
-    kv = Kv(testing.Ops(isa, threads=2), layer, [64, 64])
+    kv = Kv(make_ops(isa, threads=2), layer, [64, 64])
     qkv = random_qkv(layer, 64)
     kv.step([(0, qkv)])
     kv.tables[1] = np.append(kv.tables[0].repeat(first_index // 64), kv.tables[1])
@@ -227,8 +237,8 @@ def test_attend_bits_do_not_depend_on_other_sequences(isa: str) -> None:
     layer = Layer(4, 2, 24, 16)
     lengths = [70, 5, 33, 1]
     sequences = [random_qkv(layer, n, seed=n) for n in lengths]
-    alone = [attend(testing.Ops(isa), layer, qkv) for qkv in sequences]
-    kv = Kv(testing.Ops(isa, threads=2), layer, lengths)
+    alone = [attend(make_ops(isa), layer, qkv) for qkv in sequences]
+    kv = Kv(make_ops(isa, threads=2), layer, lengths)
     got: list[list[np.ndarray]] = [[] for _ in lengths]
     for turn in ([(2, 20), (0, 19)], [(1, 5), (0, 1), (2, 1)], [(0, 50), (3, 1), (2, 12)]):
         rows = [(s, sequences[s][kv.done[s] : kv.done[s] + n]) for s, n in turn]
@@ -242,7 +252,7 @@ def test_attend_bits_do_not_depend_on_other_sequences(isa: str) -> None:
 def test_attend_keeps_layers_of_a_page_apart(isa: str, kv_type: str) -> None:
     layers = [Layer(3, 3, 24, 16, kv_type, kv_layer=i, n_layers=3) for i in range(3)]
     inputs = [random_qkv(layer, 40, seed=i) for i, layer in enumerate(layers)]
-    kv = Kv(testing.Ops(isa), layers[0], [40])
+    kv = Kv(make_ops(isa), layers[0], [40])
     for first, end in ((0, 33), (33, 40)):
         for layer, qkv in zip(layers, inputs, strict=True):
             kv.layer, kv.done = layer, [first]
@@ -258,18 +268,18 @@ def test_attend_is_causal_even_for_keys_that_are_not_numbers(
 ) -> None:
     layer = Layer(6, 2, head_dim, 32, kv_type)
     qkv = random_qkv(layer, 70)
-    expected = attend(testing.Ops(isa), layer, qkv)
+    expected = attend(make_ops(isa), layer, qkv)
     for bad in (np.nan, np.inf, -np.inf):
         poisoned = qkv.copy()
         poisoned[41:, layer.n_heads * head_dim :] = bad
-        np.testing.assert_array_equal(attend(testing.Ops(isa), layer, poisoned)[:41], expected[:41])
+        np.testing.assert_array_equal(attend(make_ops(isa), layer, poisoned)[:41], expected[:41])
 
 
 def test_attend_keeps_values_that_are_not_numbers_in_their_sequence(isa: str) -> None:
     layer = Layer(2, 1, 24, 16)
     healthy = random_qkv(layer, 20)
-    expected = attend(testing.Ops(isa), layer, healthy)
-    kv = Kv(testing.Ops(isa), layer, [20, 20])
+    expected = attend(make_ops(isa), layer, healthy)
+    kv = Kv(make_ops(isa), layer, [20, 20])
     sick, well = kv.step([(0, np.full_like(healthy, np.nan)), (1, healthy)])
     assert np.isnan(sick).all()
     np.testing.assert_array_equal(well, expected)
@@ -281,10 +291,12 @@ def test_attend_survives_huge_scores(isa: str, score: float, head_dim: int) -> N
     layer = Layer(4, 2, head_dim, 16)
     size = np.sqrt(abs(score) * head_dim**-0.5)
     qkv = random_qkv(layer, 100)
-    assert_close(attend(testing.Ops(isa), layer, qkv * np.float32(50)), layer, qkv * np.float32(50))
+    assert_close(
+        attend(make_ops(isa), layer, qkv * np.float32(50)), layer, qkv * np.float32(50), isa
+    )
     qkv[:, : 4 * head_dim] = size
     qkv[:, 4 * head_dim : 6 * head_dim] = np.copysign(size, score)
-    got = attend(testing.Ops(isa), layer, qkv)  # all scores alike: the mean of the values
+    got = attend(make_ops(isa), layer, qkv)  # all scores alike: the mean of the values
     _, _, v = layer.split(qkv)
     means = np.cumsum(v.astype(np.float64), axis=0) / np.arange(1, 101)[:, None, None]
     np.testing.assert_allclose(got, means.repeat(2, axis=1).reshape(100, -1), atol=2e-6, rtol=0)
@@ -300,7 +312,7 @@ def test_attend_follows_a_maximum_that_moves(isa: str) -> None:
         qkv[:, :32] = 0
         qkv[:, 0] = 4  # times head_dim^-0.5: one
         qkv[:, 16] = scores
-        assert_close(attend(testing.Ops(isa), layer, qkv), layer, qkv)
+        assert_close(attend(make_ops(isa), layer, qkv), layer, qkv, isa)
 
 
 @pytest.mark.parametrize("head_dim", [2, 8, 24, 128])
@@ -311,5 +323,5 @@ def test_attend_returns_the_value_of_a_single_token(isa: str, head_dim: int) -> 
         _, _, v = layer.split(qkv)
         ulps = 2 * 2.0**-23 if kv_type == "int8" else 0  # of the product of two scales
         np.testing.assert_allclose(
-            attend(testing.Ops(isa), layer, qkv), v.reshape(1, -1), rtol=ulps, atol=0
+            attend(make_ops(isa), layer, qkv), v.reshape(1, -1), rtol=ulps, atol=0
         )
