@@ -133,12 +133,11 @@ def make_model(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def expected_seconds(row: Row) -> float:
+def expected_seconds(side: Camelid | Peer, row: Row) -> float:
     """Guess what one turn of one side takes."""
-    answers = row.n_answer * (1 if row.n_batch == 1 else 3) * (row.n_repeats + 1)
-    prompts = row.n_prompt * (row.n_repeats + 1) + row.depth * row.n_batch
-    if row.n_prompt:
-        prompts += row.depth * row.n_repeats
+    n_runs = side.repeats(row) + 1
+    answers = row.n_answer * (1 if row.n_batch == 1 else 3) * n_runs
+    prompts = row.n_prompt * n_runs + row.depth * row.n_batch * side.readings(row)
     speeds = prompts / ASSUMED_PROMPT_SPEED + answers / ASSUMED_ANSWER_SPEED
     return ASSUMED_LOAD_SECONDS + speeds
 
@@ -160,7 +159,10 @@ def run_turn(side: Camelid | Peer, row: Row) -> list[float]:
 def measure(sides: list[Camelid | Peer], rows: list[Row]) -> Iterator[list[dict[str, Any]]]:
     """Run everything; yield each row's results, one per side, when the row is done."""
     total = sum(
-        expected_seconds(row) * row.n_turns for row in rows for side in sides if side.runs(row)
+        expected_seconds(side, row) * row.n_turns
+        for row in rows
+        for side in sides
+        if side.runs(row)
     )
     print(f"[versus] {len(rows)} rows, {len(sides)} sides: about {total / 60:.0f} minutes")
     with tqdm(total=round(total), unit="s", bar_format="{l_bar}{bar}| {elapsed} {desc}") as bar:
@@ -171,7 +173,7 @@ def measure(sides: list[Camelid | Peer], rows: list[Row]) -> Iterator[list[dict[
                 for side, result in zip(taking_part, found, strict=True):
                     bar.set_description(f"{row.name}, {side.name}")
                     take_turn(side, row, result)
-                    bar.update(round(expected_seconds(row)))
+                    bar.update(round(expected_seconds(side, row)))
             shown = [f"{one['side']} {report_median(one)}" for one in found]
             tqdm.write(f"{row.name}: {', '.join(shown)}")
             yield found

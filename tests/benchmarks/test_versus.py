@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import versus_llama_cpp
 from versus import machine, report
 from versus.rows import INT4_BYTES, INT8_BYTES, Row, all_rows, work_per_token
 from versus.sides import Camelid, NoAnswer, Peer
@@ -92,8 +93,23 @@ def test_answers_are_read() -> None:
 
 
 def test_the_second_cache_type_is_measured_at_depths_only() -> None:
-    assert [key for key, row in ROWS.items() if INT8.runs(row)] == ["d4096", "d32768"]
+    assert [key for key, row in ROWS.items() if INT8.runs(row)] == ["d4096", "d32768", "d36000"]
     assert all(OURS.runs(row) for row in ROWS.values())
+
+
+def test_a_side_that_reads_a_depth_for_each_run_measures_fewer() -> None:
+    n_runs_of = {"tg64": 1, "pp8192-second": 1, "d4096": 3, "d32768": 2, "d36000": 2}
+    for key, n_runs in n_runs_of.items():
+        row = ROWS[key]
+        assert IK.repeats(row) == n_runs
+        assert {options(command)["-r"] for command in IK.commands(row)} == {str(n_runs)}
+        assert PEER.repeats(row) == OURS.repeats(row) == row.n_repeats
+        assert options(PEER.commands(row)[0])["-r"] == str(row.n_repeats)
+    deep = ROWS["d36000"]
+    assert (OURS.readings(deep), PEER.readings(deep), IK.readings(deep)) == (1, 1, 2)
+    assert OURS.readings(ROWS["pp8192-second"]) == 2
+    expected = versus_llama_cpp.expected_seconds
+    assert expected(IK, deep) - expected(replace(IK, has_depth=True), deep) > 100
 
 
 def test_least_work_of_scout() -> None:
@@ -107,6 +123,9 @@ def test_least_work_of_scout() -> None:
     # At 32768 local layers begin a chunk; the global one sees everything.
     deep = work_per_token(CONFIG, Row("deep", 0, 2, depth=32768), kv_bytes=1)
     assert deep.bytes_read - work.bytes_read == pytest.approx(2 * 8 * 128 * 32769 - kv + 3 * kv / 8)
+    # In the middle of a chunk local layers see its first part again.
+    middle = work_per_token(CONFIG, Row("middle", 0, 2, depth=36000), kv_bytes=1)
+    assert middle.bytes_read - deep.bytes_read == pytest.approx(2 * 8 * 128 * 3232 * 4)
     # Eight tokens read the attention once and 6.45 experts of 16 instead of 8.
     batch = work_per_token(CONFIG, Row("batch", 0, 2, n_batch=8))
     assert (batch.bytes_read - kv) * 8 == pytest.approx(
