@@ -25,12 +25,12 @@ GAUGE_SECONDS = 0.2  # for each peak; filling the memory that is read takes as l
 
 def describe(threads: int, peaks_program: Path | None) -> dict[str, Any]:
     """Return the machine's name and peaks."""
-    return {
-        "cpu": cpu_name(),
-        "threads": threads,
-        "cpus": os.cpu_count(),
-        "peaks": measure_peaks(threads, peaks_program),
-    }
+    return identify(threads) | {"peaks": measure_peaks(threads, peaks_program)}
+
+
+def identify(threads: int) -> dict[str, Any]:
+    """Return the machine's name, and how much of it is used."""
+    return {"cpu": cpu_name(), "threads": threads, "cpus": os.cpu_count()}
 
 
 def cpu_name() -> str:
