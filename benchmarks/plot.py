@@ -31,9 +31,8 @@ def colours(record: dict[str, Any]) -> dict[str, str]:
 
 def fraction(record: dict[str, Any], row: str, side: str) -> float | None:
     """Return the part of the limit a side reaches in a row, None where either is not known."""
-    runs = report.runs_of(record, row, side)
-    limit = report.limit_speed(record, row, report.kv_bytes(record, side))
-    return median(runs) / limit[0] if runs and limit else None
+    found = report.of_limit(record, row, side)
+    return found[0] if found else None
 
 
 def draw_limits(record: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "versus"
 # Only for saying beforehand how long it will take; two cores of 2024 do about this.
 ASSUMED_PROMPT_SPEED, ASSUMED_ANSWER_SPEED, ASSUMED_LOAD_SECONDS = 200.0, 40.0, 6.0
+ASSUMED_GAUGE_SECONDS = 1.0
 QUICK_ROWS = "pp512,tg64,d4096,b8,b32"
 
 
@@ -133,14 +135,13 @@ def make_model(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def expected_seconds(row: Row) -> float:
+def expected_seconds(side: Camelid | Peer, row: Row) -> float:
     """Guess what one turn of one side takes."""
-    answers = row.n_answer * (1 if row.n_batch == 1 else 3) * (row.n_repeats + 1)
-    prompts = row.n_prompt * (row.n_repeats + 1) + row.depth * row.n_batch
-    if row.n_prompt:
-        prompts += row.depth * row.n_repeats
+    n_runs = side.repeats(row) + 1
+    answers = row.n_answer * (1 if row.n_batch == 1 else 3) * n_runs
+    prompts = row.n_prompt * n_runs + row.depth * row.n_batch * side.readings(row)
     speeds = prompts / ASSUMED_PROMPT_SPEED + answers / ASSUMED_ANSWER_SPEED
-    return ASSUMED_LOAD_SECONDS + speeds
+    return ASSUMED_LOAD_SECONDS + ASSUMED_GAUGE_SECONDS + speeds
 
 
 def run_turn(side: Camelid | Peer, row: Row) -> list[float]:
@@ -157,12 +158,21 @@ def run_turn(side: Camelid | Peer, row: Row) -> list[float]:
     return side.speeds(row, outputs)
 
 
-def measure(sides: list[Camelid | Peer], rows: list[Row]) -> Iterator[list[dict[str, Any]]]:
-    """Run everything; yield each row's results, one per side, when the row is done."""
+def measure(
+    sides: list[Camelid | Peer], rows: list[Row], gauge: Callable[[], dict[str, float]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Run everything; yield each row's results, one per side, when the row is done.
+
+    `gauge` measures the machine between turns: once after each, which is before the next.
+    """
     total = sum(
-        expected_seconds(row) * row.n_turns for row in rows for side in sides if side.runs(row)
+        expected_seconds(side, row) * row.n_turns
+        for row in rows
+        for side in sides
+        if side.runs(row)
     )
     print(f"[versus] {len(rows)} rows, {len(sides)} sides: about {total / 60:.0f} minutes")
+    before = gauge()
     with tqdm(total=round(total), unit="s", bar_format="{l_bar}{bar}| {elapsed} {desc}") as bar:
         for row in rows:
             taking_part = [side for side in sides if side.runs(row)]
@@ -170,21 +180,30 @@ def measure(sides: list[Camelid | Peer], rows: list[Row]) -> Iterator[list[dict[
             for _ in range(row.n_turns):
                 for side, result in zip(taking_part, found, strict=True):
                     bar.set_description(f"{row.name}, {side.name}")
-                    take_turn(side, row, result)
-                    bar.update(round(expected_seconds(row)))
+                    if not result["failed"]:  # else it is not asked again
+                        take_turn(side, row, result)
+                        after = gauge()
+                        result["peaks"].append({key: [before[key], after[key]] for key in before})
+                        before = after
+                    bar.update(round(expected_seconds(side, row)))
             shown = [f"{one['side']} {report_median(one)}" for one in found]
             tqdm.write(f"{row.name}: {', '.join(shown)}")
             yield found
 
 
 def new_result(row: Row, side: Camelid | Peer) -> dict[str, Any]:
-    return {"row": row.name, "side": side.name, "runs": [], "failed": None, "busy": []}
+    return {
+        "row": row.name,
+        "side": side.name,
+        "runs": [],
+        "failed": None,
+        "busy": [],  # of each turn, as the next
+        "peaks": [],  # before and after
+    }
 
 
 def take_turn(side: Camelid | Peer, row: Row, result: dict[str, Any]) -> None:
-    """Add a turn's runs, or why there are none; a side that failed in a row is not asked again."""
-    if result["failed"]:
-        return
+    """Add a turn's runs, or why there are none."""
     started, cpu_started = time.monotonic(), children_seconds()
     try:
         result["runs"] += run_turn(side, row)
@@ -241,7 +260,8 @@ def main() -> None:
     }
     name = f"{date}-versus-llama-cpp" + (f"-{args.note}" if args.note else "")
     folder = ROOT / "benchmarks" / "results"
-    for found in measure(sides, rows):
+    gauge = partial(machine.gauge, args.threads, args.peaks, record["machine"]["peaks"])
+    for found in measure(sides, rows, gauge):
         record["rows"] += found
         # After each row: an hour's numbers survive what happens in the next.
         text = json.dumps(record, indent=1) + "\n"

@@ -6,18 +6,40 @@ Works on the record that is written as JSON, so a table can be made again from a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import median
+from statistics import fmean, median, mode
 from typing import Any
 
 from versus.rows import Row, work_per_token
 
 
-def runs_of(record: dict[str, Any], row: str, side: str) -> list[float]:
-    """Return a side's tokens per second in a row, empty where it was not measured."""
+def result_of(record: dict[str, Any], row: str, side: str) -> dict[str, Any]:
+    """Return what a side gave in a row; runs are empty where it was not measured."""
     for found in record["rows"]:
         if (found["row"], found["side"]) == (row, side):
-            return [] if found["failed"] else [float(speed) for speed in found["runs"]]
-    return []
+            return found | {"runs": []} if found["failed"] else dict(found)
+    return {"runs": []}
+
+
+def runs_of(record: dict[str, Any], row: str, side: str) -> list[float]:
+    """Return a side's tokens per second in a row, empty where it was not measured."""
+    return [float(speed) for speed in result_of(record, row, side)["runs"]]
+
+
+def turns_of(
+    record: dict[str, Any], row: str, side: str
+) -> Iterator[tuple[list[float], dict[str, Any]]]:
+    """Yield each turn's runs, and the peaks while it ran: the mean of before and after.
+
+    Records from before there were peaks of turns are one turn at the peaks of the start.
+    """
+    runs, around = runs_of(record, row, side), result_of(record, row, side).get("peaks")
+    if runs and not around:
+        yield runs, record["machine"]["peaks"]
+    elif runs and around:
+        n_each = len(runs) // len(around)  # a side measures as many in each turn
+        for turn, peaks in enumerate(around):
+            mean = {key: fmean(both) for key, both in peaks.items()}
+            yield runs[turn * n_each : (turn + 1) * n_each], mean
 
 
 def ratio(ours: list[float], others: list[float]) -> float | None:
@@ -29,9 +51,10 @@ def ratio(ours: list[float], others: list[float]) -> float | None:
     return median(ours) / median(others)
 
 
-def limit_speed(record: dict[str, Any], row: str, kv_bytes: float) -> tuple[float, str] | None:
-    """Return the tokens per second this machine's peaks allow, and which peak that is."""
-    peaks = record["machine"]["peaks"]
+def limit_speed(
+    record: dict[str, Any], row: str, kv_bytes: float, peaks: dict[str, Any]
+) -> tuple[float, str] | None:
+    """Return the tokens per second that peaks allow, and which peak that is."""
     work = work_per_token(record["config"], Row(**record["row_sizes"][row]), kv_bytes)
     limits = []
     if "read_gb_s" in peaks:
@@ -43,6 +66,21 @@ def limit_speed(record: dict[str, Any], row: str, kv_bytes: float) -> tuple[floa
     if bound is not None and "int8_gop_s" not in peaks and row_reads_prompt(record, row):
         return None
     return bound
+
+
+def of_limit(record: dict[str, Any], row: str, side: str) -> tuple[float, str] | None:
+    """Return the part of the limit a side reaches, and what bounds it; None where unknown.
+
+    The median over turns, each held against the peaks measured around it.
+    """
+    parts, bounds = [], []
+    for runs, peaks in turns_of(record, row, side):
+        limit = limit_speed(record, row, kv_bytes(record, side), peaks)
+        if limit is None:
+            return None
+        parts.append(median(runs) / limit[0])
+        bounds.append(limit[1])
+    return (median(parts), mode(bounds)) if parts else None
 
 
 def row_reads_prompt(record: dict[str, Any], row: str) -> bool:
@@ -85,14 +123,13 @@ def _row_lines(record: dict[str, Any], row: str) -> Iterator[list[str]]:
         runs = runs_of(record, row, side)
         if not runs:
             continue
-        speed = median(runs)
         ratios = []
         for peer in peers(record):
             times = ratio(runs, runs_of(record, row, peer)) if side in ours(record) else None
             ratios.append("" if times is None else f"{times:.2f}")
-        limit = limit_speed(record, row, kv_bytes(record, side))
-        bound = [f"{speed / limit[0]:.0%}", limit[1]] if limit else ["", ""]
-        yield [row, side, f"{speed:.2f}", *ratios, *bound]
+        limit = of_limit(record, row, side)
+        bound = [f"{limit[0]:.0%}", limit[1]] if limit else ["", ""]
+        yield [row, side, f"{median(runs):.2f}", *ratios, *bound]
 
 
 def failures(record: dict[str, Any]) -> list[str]:
@@ -104,6 +141,33 @@ def failures(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def peak_ranges(record: dict[str, Any]) -> str:
+    """Return the least and most of each peak measured between turns, "" in records without."""
+    found: dict[str, list[float]] = {}
+    for result in record["rows"]:
+        for peaks in result.get("peaks", []):
+            for key, both in peaks.items():
+                found.setdefault(key, []).extend(both)
+    return ", ".join(f"{key} {min(all_):.1f} to {max(all_):.1f}" for key, all_ in found.items())
+
+
+def limit_text(record: dict[str, Any]) -> str:
+    """Say what the limit is, and how its peaks were measured."""
+    text = (
+        "The limit is the least any program must do for a token (each weight, key and value read "
+        "once a step, each multiply and add done once) at the machine's peaks; INT4 weights with a "
+        "scale for each 128, an INT8 head. "
+    )
+    ranges = peak_ranges(record)
+    if not ranges:
+        return text + "The peaks are the ones above, of one moment."
+    return text + (
+        "The peaks are measured before and after every turn of a side, on all threads, and a turn "
+        "is held against the mean of the two; the table shows the median over turns. Within this "
+        f"run they were: {ranges}. Where they change during a turn, the mean misses it."
+    )
+
+
 def markdown(record: dict[str, Any]) -> str:
     """Return the whole report."""
     machine, peaks = record["machine"], record["machine"]["peaks"]
@@ -111,7 +175,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# {record['date']}: camelid {record['version']} against llama.cpp",
         "",
-        f"{machine['cpu']}, {machine['threads']} threads. Peaks in the same run, by "
+        f"{machine['cpu']}, {machine['threads']} threads. Peaks at the start, by "
         f"{peaks['measured_by']}: {named}.",
         "",
         f"Model: {record['model']}. Both sides hold the same weights, number for number. Speeds "
@@ -120,11 +184,10 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         ratio_table(record),
         "",
-        "The limit is the least any program must do for a token (each weight, key and value read "
-        "once a step, each multiply and add done once) at the peaks above; INT4 weights with a "
-        "scale for each 128, an INT8 head.",
+        limit_text(record),
         "Rows at a depth: camelid's runs follow each other where they add at most an eighth to it; "
-        "llama.cpp starts each at the depth itself.",
+        "llama.cpp starts each at the depth itself, which it reads once; a llama-bench without -d "
+        "reads it again for each run, and so measures fewer at the deepest.",
         "",
         "| side | program |",
         "|---|---|",

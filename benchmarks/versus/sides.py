@@ -14,6 +14,10 @@ from typing import Any
 
 from versus.rows import Row
 
+# Most tokens a side reads in a turn before what is measured. At 100 tokens a second, which slow
+# sides do in a long context, these take a quarter of an hour.
+MAX_DEPTH_TOKENS = 80_000
+
 
 class NoAnswer(Exception):
     """A side printed something else than speeds."""
@@ -35,10 +39,19 @@ class Camelid:
         """Tell whether this side measures a row."""
         return not self.only_deep or (row.depth > 16 and not row.n_prompt)
 
+    def repeats(self, row: Row) -> int:
+        """Return how many runs a turn measures."""
+        return row.n_repeats
+
+    def readings(self, row: Row) -> int:
+        """Return how often a turn reads the depth."""
+        # Answers follow each other behind one reading; prompts start anew, the first uncounted.
+        return row.n_repeats + 1 if row.n_prompt else 1
+
     def commands(self, row: Row) -> list[list[str]]:
         """Return the command that measures a row once over."""
         sizes = {"-p": row.n_prompt, "-n": row.n_answer, "-d": row.depth, "-b": row.n_batch}
-        sizes |= {"-r": row.n_repeats, "-t": self.threads}
+        sizes |= {"-r": self.repeats(row), "-t": self.threads}
         numbers = [text for flag, size in sizes.items() for text in (flag, str(size))]
         program = [sys.executable, "-m", "camelid", "bench", str(self.model)]
         flags = ["--kv-cache", self.kv_cache, *shlex.split(self.flags)]
@@ -72,6 +85,19 @@ class Peer:
         """Tell whether this side measures a row."""
         return True
 
+    def repeats(self, row: Row) -> int:
+        """Return how many runs a turn measures: fewer where each would read a long depth again."""
+        if self.has_depth or not row.depth:
+            return row.n_repeats
+        return max(1, min(row.n_repeats, MAX_DEPTH_TOKENS // row.depth))
+
+    def readings(self, row: Row) -> int:
+        """Return how often a turn reads the depth."""
+        # llama.cpp's -d reads it once: llama-bench keeps the state there and restores it for the
+        # later runs (struct ctx_state, in the version peer.py names). ik_llama.cpp's -gp clears the
+        # cache and reads it again for every run.
+        return 1 if self.has_depth else self.repeats(row)
+
     def commands(self, row: Row) -> list[list[str]]:
         """Return the commands that measure a row once over."""
         if row.n_batch > 1 and self.batches_one_token:
@@ -93,7 +119,7 @@ class Peer:
         return [self._bench(row, "-p", 0, "-n", row.n_answer, *depth)]
 
     def _bench(self, row: Row, *numbers: Any) -> list[str]:
-        sizes = [*map(str, numbers), "-r", str(row.n_repeats), "-t", str(self.threads)]
+        sizes = [*map(str, numbers), "-r", str(self.repeats(row)), "-t", str(self.threads)]
         if "-n" not in sizes:
             sizes += ["-n", "0"]
         return [

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import versus_llama_cpp
 from versus import machine, report
 from versus.rows import INT4_BYTES, INT8_BYTES, Row, all_rows, work_per_token
 from versus.sides import Camelid, NoAnswer, Peer
@@ -92,8 +94,23 @@ def test_answers_are_read() -> None:
 
 
 def test_the_second_cache_type_is_measured_at_depths_only() -> None:
-    assert [key for key, row in ROWS.items() if INT8.runs(row)] == ["d4096", "d32768"]
+    assert [key for key, row in ROWS.items() if INT8.runs(row)] == ["d4096", "d32768", "d36000"]
     assert all(OURS.runs(row) for row in ROWS.values())
+
+
+def test_a_side_that_reads_a_depth_for_each_run_measures_fewer() -> None:
+    n_runs_of = {"tg64": 1, "pp8192-second": 1, "d4096": 3, "d32768": 2, "d36000": 2}
+    for key, n_runs in n_runs_of.items():
+        row = ROWS[key]
+        assert IK.repeats(row) == n_runs
+        assert {options(command)["-r"] for command in IK.commands(row)} == {str(n_runs)}
+        assert PEER.repeats(row) == OURS.repeats(row) == row.n_repeats
+        assert options(PEER.commands(row)[0])["-r"] == str(row.n_repeats)
+    deep = ROWS["d36000"]
+    assert (OURS.readings(deep), PEER.readings(deep), IK.readings(deep)) == (1, 1, 2)
+    assert OURS.readings(ROWS["pp8192-second"]) == 2
+    expected = versus_llama_cpp.expected_seconds
+    assert expected(IK, deep) - expected(replace(IK, has_depth=True), deep) > 100
 
 
 def test_least_work_of_scout() -> None:
@@ -107,6 +124,9 @@ def test_least_work_of_scout() -> None:
     # At 32768 local layers begin a chunk; the global one sees everything.
     deep = work_per_token(CONFIG, Row("deep", 0, 2, depth=32768), kv_bytes=1)
     assert deep.bytes_read - work.bytes_read == pytest.approx(2 * 8 * 128 * 32769 - kv + 3 * kv / 8)
+    # In the middle of a chunk local layers see its first part again.
+    middle = work_per_token(CONFIG, Row("middle", 0, 2, depth=36000), kv_bytes=1)
+    assert middle.bytes_read - deep.bytes_read == pytest.approx(2 * 8 * 128 * 3232 * 4)
     # Eight tokens read the attention once and 6.45 experts of 16 instead of 8.
     batch = work_per_token(CONFIG, Row("batch", 0, 2, n_batch=8))
     assert (batch.bytes_read - kv) * 8 == pytest.approx(
@@ -166,9 +186,94 @@ def test_ratio_table() -> None:
 
 def test_without_an_arithmetic_peak_prompts_have_no_limit() -> None:
     record = canned_record()
-    del record["machine"]["peaks"]["int8_gop_s"]
-    assert report.limit_speed(record, "pp512", 2) is None
-    assert report.limit_speed(record, "tg64", 2) is not None
+    peaks = record["machine"]["peaks"]
+    del peaks["int8_gop_s"]
+    assert report.limit_speed(record, "pp512", 2, peaks) is None
+    assert report.limit_speed(record, "tg64", 2, peaks) is not None
+    assert report.of_limit(record, "pp512", "camelid") is None
+
+
+def test_a_turn_is_held_against_the_peaks_around_it() -> None:
+    record = canned_record()
+    bytes_read = work_per_token(CONFIG, ROWS["tg64"]).bytes_read
+    (tg64,) = (one for one in record["rows"] if (one["row"], one["side"]) == ("tg64", "camelid"))
+
+    def of_limit() -> tuple[float, str]:
+        found = report.of_limit(record, "tg64", "camelid")
+        assert found is not None
+        return found
+
+    # A record from before there were peaks of turns.
+    assert of_limit()[0] == pytest.approx(51 * bytes_read / 40e9)
+    assert "of one moment" in report.markdown(record)
+    # Three turns of two runs, at means of 40, 80 and 50 GB/s.
+    tg64["runs"] = [50.0, 52.0, 80.0, 88.0, 40.0, 44.0]
+    tg64["peaks"] = [
+        {"read_gb_s": pair, "int8_gop_s": [9000.0, 9000.0]}
+        for pair in ([30.0, 50.0], [50.0, 110.0], [60.0, 40.0])
+    ]
+    parts = [51 / 40, 84 / 80, 42 / 50]
+    assert of_limit()[0] == pytest.approx(sorted(parts)[1] * bytes_read / 1e9)
+    assert of_limit()[1] == "reading"
+    text = report.markdown(record)
+    assert "read_gb_s 30.0 to 110.0, int8_gop_s 9000.0 to 9000.0" in text
+    assert "of one moment" not in text
+    # The turns' peaks bound it by arithmetic, whatever those of the start say.
+    for peaks in tg64["peaks"]:
+        peaks["int8_gop_s"] = [1.0, 3.0]
+    work = work_per_token(CONFIG, ROWS["tg64"])
+    assert of_limit()[0] == pytest.approx(51 * work.operations / 2e9)
+    assert of_limit()[1] == "int8 arithmetic"
+
+
+def test_peaks_after_a_turn_are_those_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_turn(side: Camelid | Peer, row: Row) -> list[float]:
+        if side is IK and row.key == "pp512":
+            raise NoAnswer("it broke")
+        return [100.0] * side.repeats(row)
+
+    readings = count()
+    monkeypatch.setattr(versus_llama_cpp, "run_turn", run_turn)
+    rows = [replace(ROWS["pp512"], n_turns=2), replace(ROWS["tg64"], n_turns=1)]
+    found = list(
+        versus_llama_cpp.measure([OURS, IK], rows, lambda: {"read_gb_s": float(next(readings))})
+    )
+    pairs = {
+        (one["row"], one["side"]): [peaks["read_gb_s"] for peaks in one["peaks"]]
+        for row in found
+        for one in row
+    }
+    assert pairs == {
+        ("pp512", "camelid"): [[0, 1], [2, 3]],
+        ("pp512", "ik"): [[1, 2]],  # failed, and was not asked again
+        ("tg64", "camelid"): [[3, 4]],
+        ("tg64", "ik"): [[4, 5]],
+    }
+    assert next(readings) == 6
+
+
+def test_between_turns_only_the_peaks_of_limits_are_measured(tmp_path: Path) -> None:
+    entries = [
+        {"name": "peak_read/2/real_time", "GB/s": 41.0},
+        {"name": "peak_vnni512/2/real_time", "GOP/s": 900.0},
+    ]
+    program = tmp_path / "camelid_benchmarks"
+    said = tmp_path / "said"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"open({str(said)!r}, 'w').write(' '.join(sys.argv[1:]))\n"
+        f"print({json.dumps({'benchmarks': entries})!r})\n"
+    )
+    program.chmod(0o755)
+    start = {
+        "measured_by": "x", "read_gb_s": 40.0, "fma512_gop_s": 2000.0, "int8_gop_s": 900.0,
+        "maddubs256_gop_s": 500.0, "vnni256_gop_s": 600.0, "vnni512_gop_s": 900.0,
+    }  # fmt: skip
+    assert machine.gauge(2, program, start) == {"read_gb_s": 41.0, "int8_gop_s": 900.0}
+    assert "--benchmark_filter=^peak_(read|vnni512)/2/ " in said.read_text()
+    assert "--threads=2" in said.read_text()
+    machine.gauge(2, program, {"read_gb_s": 40.0})  # a machine without integer loops
+    assert "--benchmark_filter=^peak_(read)/2/ " in said.read_text()
 
 
 def test_peaks_are_the_best_of_all_thread_counts() -> None:

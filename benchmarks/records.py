@@ -1,0 +1,41 @@
+"""What the smaller benchmarks' results have in common: a head, a table, and two files.
+
+Must never know what was measured.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import camelid
+from versus import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def head(benchmark: str, threads: int) -> dict[str, Any]:
+    """Return what a record begins with."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "version": camelid.__version__,
+        "machine": machine.identify(threads),
+    }
+
+
+def table(lines: list[list[str]]) -> str:
+    """Return a Markdown table; the first line names the columns, numbers from the second on."""
+    rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def write(record: dict[str, Any], markdown: str, folder: Path, note: str) -> Path:
+    """Write DATE-BENCHMARK-NOTE.json and .md; return their path without the ending."""
+    name = "-".join(filter(None, (record["date"], record["benchmark"].replace("_", "-"), note)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
+    return folder / name
