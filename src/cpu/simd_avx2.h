@@ -279,50 +279,53 @@ struct Dots<WeightFormat::kInt8> {
   Ints end() const { return sum; }
 };
 
-// Bytes and integers meet as 16-bit values: a saturating product of bytes would not be exact.
-constexpr int kDotsTile = 2;
+// Bytes and integers meet as 16-bit values, even terms and odd ones apart: a saturating product of
+// bytes would not be exact.
+constexpr int kDotsTile = 3;  // two registers each; bytes take four, integers two
 struct Bytes {
-  __m256i v[4];
+  __m256i even[2], odd[2];  // terms 0, 2 and 1, 3 of 8 lanes each
   static Bytes load(const std::uint8_t* p) {
     Bytes r;
-    for (int i = 0; i < 4; ++i) {
-      r.v[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
+    for (int i = 0; i < 2; ++i) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+      r.even[i] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+      r.odd[i] = _mm256_srli_epi16(bytes, 8);
     }
     return r;
   }
 };
+// A row holds integers 0, 2, 1, 3 of each four.
 struct FourIntegers {
-  __m256i v;
+  __m256i even, odd;
   static void store(std::byte* row, std::int64_t, std::int64_t i, Vec x) {
-    const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * i),
-                        _mm256_permute4x64_epi64(packed, 0xd8));
+    __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
+    packed = _mm256_permute4x64_epi64(packed, 0xd8);
+    packed = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(packed, 0xd8), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * i), packed);
   }
   static FourIntegers load(const std::byte* row, std::int64_t, std::int64_t i) {
-    long long four;
-    __builtin_memcpy(&four, row + 2 * i, sizeof(four));
-    return {_mm256_set1_epi64x(four)};
+    return {broadcast(row + 2 * i), broadcast(row + 2 * i + 4)};
+  }
+
+ private:
+  static __m256i broadcast(const std::byte* p) {
+    int two;
+    __builtin_memcpy(&two, p, sizeof(two));
+    return _mm256_set1_epi32(two);
   }
 };
 struct ByteDots {
-  __m256i v[4];  // of 4 lanes each: terms 0, 1 and terms 2, 3 apart
-  static ByteDots zero() {
-    const __m256i z = _mm256_setzero_si256();
-    return {{z, z, z, z}};
-  }
+  __m256i v[2];  // of 8 lanes each
+  static ByteDots zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
   void add(const Bytes& b, FourIntegers x) {
-    for (int i = 0; i < 4; ++i) {
-      v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(b.v[i], x.v));
+    for (int i = 0; i < 2; ++i) {
+      v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(b.even[i], x.even));
+      v[i] = _mm256_add_epi32(v[i], _mm256_madd_epi16(b.odd[i], x.odd));
     }
   }
   Vec plus(std::int32_t bias) const {
     const __m256i add = _mm256_set1_epi32(bias);
-    return {_mm256_cvtepi32_ps(_mm256_add_epi32(joined(v[0], v[1]), add)),
-            _mm256_cvtepi32_ps(_mm256_add_epi32(joined(v[2], v[3]), add))};
-  }
-
- private:
-  static __m256i joined(__m256i a, __m256i b) {
-    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8);
+    return {_mm256_cvtepi32_ps(_mm256_add_epi32(v[0], add)),
+            _mm256_cvtepi32_ps(_mm256_add_epi32(v[1], add))};
   }
 };

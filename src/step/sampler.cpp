@@ -1,7 +1,9 @@
 #include "step/sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <string_view>
 #include <utility>
@@ -37,11 +39,34 @@ void check_token(std::string_view name, std::int32_t token, std::int64_t vocab_s
 }
 
 void check_finite(std::span<const float> logits) {
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if (std::isfinite(logits[i])) continue;
-    fail(ErrorCode::kCheckpoint, "[sampling] the logit of token ", i,
-         " is not finite. The checkpoint may be damaged, or its values overflow float32.");
+  // Adding one to an exponent of all ones carries into the sign. No early way out and no
+  // comparison, so that compilers take several at once.
+  constexpr std::uint32_t kExponent = 0x7f800000, kOne = 0x00800000, kCarry = 0x80000000;
+  std::uint32_t carries = 0;
+  for (const float x : logits) carries |= (std::bit_cast<std::uint32_t>(x) & kExponent) + kOne;
+  if ((carries & kCarry) == 0) return;
+  const auto bad =
+      std::find_if_not(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); });
+  fail(ErrorCode::kCheckpoint, "[sampling] the logit of token ", bad - logits.begin(),
+       " is not finite. The checkpoint may be damaged, or its values overflow float32.");
+}
+
+// The first of the largest; none of them is NaN. Lanes of their own let compilers take several at
+// once, which std::max_element does not.
+std::size_t find_largest(std::span<const float> logits) {
+  constexpr std::size_t kLanes = 16;
+  float largest[kLanes];
+  std::fill_n(largest, kLanes, kNever);
+  std::size_t i = 0;
+  for (; i + kLanes <= logits.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float x = logits[i + lane];
+      largest[lane] = x > largest[lane] ? x : largest[lane];
+    }
   }
+  float best = *std::max_element(largest, largest + kLanes);
+  for (; i < logits.size(); ++i) best = std::max(best, logits[i]);
+  return static_cast<std::size_t>(std::find(logits.begin(), logits.end(), best) - logits.begin());
 }
 
 // A well mixed 64-bit function of its input. Source: Steele, Lea, Flood 2014 (SplitMix64).
@@ -58,7 +83,7 @@ bool ranks_before(const TokenLogprob& a, const TokenLogprob& b) {
 }
 
 double log_sum_exp(std::span<const float> logits) {
-  const float highest = *std::max_element(logits.begin(), logits.end());
+  const float highest = logits[find_largest(logits)];
   double total = 0.0;
   for (float logit : logits) total += std::exp(logit - highest);
   return highest + std::log(total);
@@ -189,10 +214,10 @@ double Sampler::uniform() const {
 }
 
 std::int32_t Sampler::draw(std::span<float> logits) const {
-  const auto best_of_all = std::max_element(logits.begin(), logits.end());  // the first of equals
-  if (params_.temperature == 0.0f) return static_cast<std::int32_t>(best_of_all - logits.begin());
+  const std::size_t best_of_all = find_largest(logits);
+  if (params_.temperature == 0.0f) return static_cast<std::int32_t>(best_of_all);
 
-  const double best = *best_of_all;
+  const double best = logits[best_of_all];
   const double temperature = params_.temperature;
   const double by_min_p = std::log(static_cast<double>(params_.min_p));  // -infinity for 0
   drop_unlikely(logits, best, temperature, std::max(by_min_p, kLeastRelative));
@@ -213,7 +238,7 @@ std::int32_t Sampler::draw(std::span<float> logits) const {
     left -= logits[i] == kNever ? 0.0f : weights[i];
     if (left < 0.0) return static_cast<std::int32_t>(i);
   }
-  return static_cast<std::int32_t>(best_of_all - logits.begin());  // rounding left a little
+  return static_cast<std::int32_t>(best_of_all);  // rounding left a little
 }
 
 Sampled Sampler::sample(std::span<const float> logits) {
