@@ -85,7 +85,7 @@ def finish(figure: Any, axes: Any, record: dict[str, Any], path: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     # Below the axes, where no bar or line can be.
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 4}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 4}
     axes.legend(frameon=False, fontsize=8, **below)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -71,8 +71,11 @@ def limit_speed(
 def of_limit(record: dict[str, Any], row: str, side: str) -> tuple[float, str] | None:
     """Return the part of the limit a side reaches, and what bounds it; None where unknown.
 
-    The median over turns, each held against the peaks measured around it.
+    The median over turns, each held against the peaks measured around it. Unknown for several
+    sequences: how many experts their tokens share is the router's affair.
     """
+    if record["row_sizes"][row]["n_batch"] > 1:
+        return None
     parts, bounds = [], []
     for runs, peaks in turns_of(record, row, side):
         limit = limit_speed(record, row, kv_bytes(record, side), peaks)
@@ -156,7 +159,8 @@ def limit_text(record: dict[str, Any]) -> str:
     text = (
         "The limit is the least any program must do for a token (each weight, key and value read "
         "once a step, each multiply and add done once) at the machine's peaks; INT4 weights with a "
-        "scale for each 128, an INT8 head. "
+        "scale for each 128, an INT8 head. There is none for several sequences: how many experts "
+        "their tokens share depends on the router. "
     )
     ranges = peak_ranges(record)
     if not ranges:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,10 @@ def test_fast_is_close_to_exact(folder: Path) -> None:
     assert 0 < np.median(error) < 0.05
 
 
-def test_fast_does_not_depend_on_cuts_batches_or_threads(folder: Path) -> None:
-    engine = open_engine(folder, fast=True, int8_head=True)
+@pytest.mark.parametrize("kv_cache", ["f32", "bf16", "int8"])
+def test_fast_does_not_depend_on_cuts_batches_or_threads(folder: Path, kv_cache: str) -> None:
+    options: dict[str, Any] = {"fast": True, "int8_head": True, "kv_cache": kv_cache}
+    engine = open_engine(folder, **options)
     whole = logits_in_pieces(engine, TOKENS, [len(TOKENS)])
     for sizes in ([1], [7, 3], [64, 1]):
         assert_same_bits(logits_in_pieces(engine, TOKENS, sizes), whole)
@@ -44,5 +47,5 @@ def test_fast_does_not_depend_on_cuts_batches_or_threads(folder: Path) -> None:
     assert_same_bits(first[:40], whole[:40])
     second = step(engine, [(sequences[2], TOKENS[:3]), (sequences[0], TOKENS[40:])]).logits
     assert_same_bits(second[3:], whole[40:])
-    many = open_engine(folder, fast=True, int8_head=True, threads=3)
+    many = open_engine(folder, **options, threads=3)
     assert_same_bits(logits_in_pieces(many, TOKENS, [len(TOKENS)]), whole)
