@@ -1,7 +1,7 @@
 // Causal attention of a block of query rows over the pages of some kv heads, by online softmax:
-// memory does not grow with the context. Included inside the anonymous namespace of each isa_*.cpp
-// after rows.inl, attention_tiles.inl and the types of cache it attends to; must never know of
-// threads, nor call an inline function of std.
+// memory does not grow with the context. Included inside the anonymous namespace of isa_*.cpp after
+// attention_tiles.inl and the attention_*.inl of the types of cache it is used for; must never know
+// of threads, nor call an inline function of std.
 //
 //              strip: up to 64 keys of one page
 //           +------------------+        +-----------+

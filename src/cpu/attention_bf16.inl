@@ -58,8 +58,9 @@ inline void prepare_queries(const QueryBlock& block, const Bf16*) {
     float* q = block.q + i * n;
     float last[kLanes] = {};
     for (std::int64_t d = n / kLanes * kLanes; d < n; ++d) last[d % kLanes] = q[d];
-    for (std::int64_t d = 0; d + kLanes <= n; d += kLanes)
+    for (std::int64_t d = 0; d + kLanes <= n; d += kLanes) {
       round_in_place(q, d, _mm512_loadu_ps(q + d));
+    }
     round_in_place(last, 0, _mm512_loadu_ps(last));
     // An even number of them: what n leaves and the zero.
     const std::int64_t left = (n % kLanes + 1) / 2 * 2;

@@ -193,10 +193,10 @@ void CpuBackend::cut_attention() {
   const auto n_tasks = static_cast<std::int64_t>(attend_tasks_.size());
   const std::int64_t wanted =
       work_.pool.n_threads() == 1 ? 1 : kAttendTasksPerThread * work_.pool.n_threads();
+  const std::int64_t parts = ceil_div(wanted, std::max<std::int64_t>(n_tasks, 1));  // of each
   std::size_t n_floats = 0;
   cuts_.clear();
   for (const AttendTask& task : attend_tasks_) {
-    const std::int64_t parts = ceil_div(wanted, n_tasks);
     const std::int64_t n_kv_heads = task.last_kv_head;
     Cut cut;
     if (task.n_rows * task.n_heads / n_kv_heads > kFewQueries) {
