@@ -72,6 +72,34 @@ void load_head(Engine& engine, const py::object& final_norm, const py::object& h
   engine.weights().load_head(norm, linear);
 }
 
+void load_vision_frame(Engine& engine, const py::object& sources) {
+  BufferGuard guard;
+  const VisionFrameSources frame = to_vision_frame(sources, guard);
+  const py::gil_scoped_release release;
+  engine.load_vision_frame(frame);
+}
+
+void load_vision_layer(Engine& engine, const py::object& sources) {
+  BufferGuard guard;
+  const VisionLayerSources layer = to_vision_layer(sources, guard);
+  const py::gil_scoped_release release;
+  engine.load_vision_layer(layer);
+}
+
+py::array_t<float> encode_image(Engine& engine,
+                                const py::array_t<float, py::array::c_style>& pixels) {
+  std::vector<float> features;
+  {
+    const std::span<const float> values(pixels.data(), static_cast<std::size_t>(pixels.size()));
+    const py::gil_scoped_release release;
+    features = engine.encode_image(values);
+  }
+  const auto dim = static_cast<py::ssize_t>(engine.config().dim);
+  const auto n_tokens = static_cast<py::ssize_t>(engine.config().vision->tokens_per_tile());
+  const auto n_tiles = static_cast<py::ssize_t>(features.size()) / (n_tokens * dim);
+  return py::array_t<float>({n_tiles, n_tokens, dim}, features.data());
+}
+
 StepResult run_step(Engine& engine, const py::array_t<std::int64_t, py::array::c_style>& sequences,
                     const IntArray& counts, const IntArray& tokens,
                     const py::array_t<std::uint8_t, py::array::c_style>& outputs) {
@@ -208,6 +236,9 @@ void bind_engine(py::module_& m) {
       .def("load_embedding", &load_embedding, py::arg("source"))
       .def("load_layer", &load_layer, py::arg("sources"))
       .def("load_head", &load_head, py::arg("final_norm"), py::arg("head"))
+      .def("load_vision_frame", &load_vision_frame, py::arg("sources"))
+      .def("load_vision_layer", &load_vision_layer, py::arg("sources"))
+      .def("encode_image", &encode_image, py::arg("pixels"))
       .def("finish_loading", &Engine::finish_loading, Release())
       .def("open_sequence", &Engine::open_sequence, py::arg("params"), Release())
       .def("close_sequence", &Engine::close_sequence, py::arg("sequence"), Release())

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -78,6 +79,27 @@ class Ops {
     Floats y({x.shape(0), x.shape(1)});
     const Buffer gains = backend_->upload({gain.data(), static_cast<std::size_t>(gain.size())});
     backend_->norm(rows_of(y, x.shape(1)), rows_of(x, x.shape(1)), gains, eps);
+    return y;
+  }
+
+  Floats layer_norm(Floats x, Floats gain, Floats bias, float eps) {
+    Floats y({x.shape(0), x.shape(1)});
+    const auto upload = [this](const Floats& values) {
+      return backend_->upload({values.data(), static_cast<std::size_t>(values.size())});
+    };
+    backend_->layer_norm(rows_of(y, x.shape(1)), rows_of(x, x.shape(1)), upload(gain), upload(bias),
+                         eps);
+    return y;
+  }
+
+  // gelu(x + bias).
+  Floats gelu(Floats x, Floats bias) {
+    Floats y({x.shape(0), x.shape(1)});
+    std::copy(x.data(), x.data() + x.size(), y.mutable_data());
+    const Tensor rows = rows_of(y, x.shape(1));
+    backend_->add_bias(rows,
+                       backend_->upload({bias.data(), static_cast<std::size_t>(bias.size())}));
+    backend_->gelu(rows);
     return y;
   }
 
@@ -247,6 +269,9 @@ void bind_testing(py::module_& m) {
       .def("matmul", &Ops::matmul, py::arg("y").noconvert(), py::arg("x").noconvert(), py::arg("w"),
            py::arg("accumulate") = false)
       .def("embed", &Ops::embed)
+      .def("layer_norm", &Ops::layer_norm, py::arg("x").noconvert(), py::arg("gain").noconvert(),
+           py::arg("bias").noconvert(), py::arg("eps"))
+      .def("gelu", &Ops::gelu, py::arg("x").noconvert(), py::arg("bias").noconvert())
       .def("norm", &Ops::norm, py::arg("x").noconvert(), py::arg("gain").noconvert(),
            py::arg("eps"))
       .def("make_mlp", &Ops::make_mlp, py::arg("gate"), py::arg("up"), py::arg("down"),

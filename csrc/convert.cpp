@@ -75,6 +75,27 @@ MlpSources to_mlp(const py::object& parts, BufferGuard& guard) {
   return {to_linear(three[0], guard), to_linear(three[1], guard), to_linear(three[2], guard)};
 }
 
+VisionConfig to_vision_config(const py::object& c) {
+  VisionConfig out;
+  out.dim = c.attr("dim").cast<std::int64_t>();
+  out.n_layers = c.attr("n_layers").cast<std::int64_t>();
+  out.n_heads = c.attr("n_heads").cast<std::int64_t>();
+  out.ffn_dim = c.attr("ffn_dim").cast<std::int64_t>();
+  out.image_size = c.attr("image_size").cast<std::int64_t>();
+  out.patch_size = c.attr("patch_size").cast<std::int64_t>();
+  out.n_channels = c.attr("n_channels").cast<std::int64_t>();
+  out.shuffle = c.attr("shuffle").cast<std::int64_t>();
+  out.adapter_dim = c.attr("output_dim").cast<std::int64_t>();
+  out.rope_theta = c.attr("rope_theta").cast<double>();
+  return out;
+}
+
+LayerNormSource to_layer_norm(const py::object& pair) {
+  const auto two = pair.cast<py::tuple>();
+  if (two.size() != 2) fail(ErrorCode::kInternal, "[weights] expected (gain, bias)");
+  return {to_floats(two[0]), to_floats(two[1])};
+}
+
 }  // namespace
 
 void register_errors() {
@@ -140,6 +161,8 @@ ModelConfig to_config(const py::object& c) {
   out.floor_scale = c.attr("floor_scale").cast<double>();
   out.attn_scale = c.attr("attn_scale").cast<double>();
   out.tied_embeddings = c.attr("tie_word_embeddings").cast<bool>();
+  const py::object vision = c.attr("vision");
+  if (!vision.is_none()) out.vision = to_vision_config(vision);
   return out;
 }
 
@@ -179,6 +202,36 @@ LayerSources to_layer(const py::object& sources, BufferGuard& guard) {
   if (!shared.is_none()) out.shared = to_mlp(shared, guard);
   const py::object dense = sources.attr("dense");
   if (!dense.is_none()) out.dense = to_mlp(dense, guard);
+  return out;
+}
+
+VisionFrameSources to_vision_frame(const py::object& sources, BufferGuard& guard) {
+  VisionFrameSources out;
+  out.patch = to_linear(sources.attr("patch"), guard);
+  out.class_row = to_floats(sources.attr("class_row"));
+  out.positions = to_floats(sources.attr("positions"));
+  out.norm_pre = to_layer_norm(sources.attr("norm_pre"));
+  out.norm_post = to_layer_norm(sources.attr("norm_post"));
+  out.adapter_fc1 = to_linear(sources.attr("adapter_fc1"), guard);
+  out.adapter_fc2 = to_linear(sources.attr("adapter_fc2"), guard);
+  out.projector = to_linear(sources.attr("projector"), guard);
+  return out;
+}
+
+VisionLayerSources to_vision_layer(const py::object& sources, BufferGuard& guard) {
+  VisionLayerSources out;
+  out.norm1 = to_layer_norm(sources.attr("norm1"));
+  out.norm2 = to_layer_norm(sources.attr("norm2"));
+  out.q = to_linear(sources.attr("q"), guard);
+  out.k = to_linear(sources.attr("k"), guard);
+  out.v = to_linear(sources.attr("v"), guard);
+  out.o = to_linear(sources.attr("o"), guard);
+  out.fc1 = to_linear(sources.attr("fc1"), guard);
+  out.fc2 = to_linear(sources.attr("fc2"), guard);
+  out.qkv_bias = to_floats(sources.attr("qkv_bias"));
+  out.o_bias = to_floats(sources.attr("o_bias"));
+  out.fc1_bias = to_floats(sources.attr("fc1_bias"));
+  out.fc2_bias = to_floats(sources.attr("fc2_bias"));
   return out;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/vision.h"
 #include "model/weights.h"
 #include "quant/format.h"
 
@@ -33,6 +34,8 @@ class BufferGuard {
 // From camelid.checkpoint.LinearSource and LayerSources.
 LinearSource to_linear(const pybind11::object& source, BufferGuard& guard);
 LayerSources to_layer(const pybind11::object& sources, BufferGuard& guard);
+VisionFrameSources to_vision_frame(const pybind11::object& sources, BufferGuard& guard);
+VisionLayerSources to_vision_layer(const pybind11::object& sources, BufferGuard& guard);
 std::vector<float> to_floats(const pybind11::object& array);
 
 }  // namespace camelid

@@ -13,29 +13,75 @@ Engine::Engine(ModelConfig config, const EngineOptions& options)
       weights_(*backend_, config_, {options.weights, options.int8_head}, options.on_packed),
       model_(*backend_, config_, weights_),
       runner_(config_, model_) {
+  if (config_.vision) {
+    const KvType kv_type = options_.backend.fast ? KvType::kBf16 : KvType::kF32;
+    vision_ = std::make_unique<VisionTower>(*backend_, *config_.vision, config_.dim, kv_type);
+  }
   if (options_.page_size < 16 || options_.page_size % 16 != 0) {
     fail(ErrorCode::kInvalidRequest, "[options] page_size is ", options_.page_size,
          ", expected a positive multiple of 16 tokens.");
   }
 }
 
+VisionTower& Engine::tower() const {
+  if (!vision_) {
+    fail(ErrorCode::kUnsupported,
+         "[vision] this model has no vision tower: its config names none. ",
+         "Load the checkpoint of a Llama4ForConditionalGeneration.");
+  }
+  return *vision_;
+}
+
+void Engine::load_vision_frame(const VisionFrameSources& sources) {
+  tower().load_frame(sources, weights_.plain_choice(), weights_.on_packed());
+}
+
+void Engine::load_vision_layer(const VisionLayerSources& sources) {
+  tower().load_layer(sources, weights_.plain_choice(), weights_.on_packed());
+}
+
+std::vector<float> Engine::encode_image(std::span<const float> pixels) {
+  const std::lock_guard lock(mutex_);
+  const VisionConfig& c = tower().config();
+  const auto of_tile = static_cast<std::size_t>(c.pixels_per_tile());
+  if (pixels.empty() || pixels.size() % of_tile != 0) {
+    fail(ErrorCode::kInvalidRequest, "[vision] got ", pixels.size(),
+         " pixel values, expected a positive multiple of ", of_tile, ": tiles of [", c.n_channels,
+         ", ", c.image_size, ", ", c.image_size, "].");
+  }
+  const std::size_t n_tiles = pixels.size() / of_tile;
+  std::vector<float> out(n_tiles * static_cast<std::size_t>(c.tokens_per_tile() * config_.dim));
+  tower().encode(pixels, out.data());
+  return out;
+}
+
+std::size_t Engine::weight_bytes() const {
+  return weights_.bytes() + (vision_ ? vision_->bytes() : 0);
+}
+
+std::size_t Engine::workspace_bytes() const {
+  return model_.workspace_bytes(options_.max_step_tokens) +
+         (vision_ ? vision_->workspace_bytes() : 0);
+}
+
 void Engine::finish_loading() {
   weights_.check_complete();
-  const std::size_t workspace = model_.workspace_bytes(options_.max_step_tokens);
+  if (vision_) vision_->check_complete();
+  const std::size_t workspace = workspace_bytes();
   // Without a limit the cache may take what is free now, less a tenth for everyone else.
   std::size_t left = backend_->available_bytes() / 10 * 9;
   if (options_.memory_bytes > 0) {
-    const std::size_t taken = weights_.bytes() + workspace;
+    const std::size_t taken = weight_bytes() + workspace;
     left = options_.memory_bytes > taken ? options_.memory_bytes - taken : 0;
   }
   KvCacheOptions cache{options_.kv_cache, options_.page_size, left};
   auto made = std::make_unique<KvCache>(*backend_, config_, cache);
   const std::size_t least = made->bytes_for(1);
   if (left < least) {
-    fail(ErrorCode::kCapacity, "[memory] weights take ", weights_.bytes(),
+    fail(ErrorCode::kCapacity, "[memory] weights take ", weight_bytes(),
          " bytes and the workspace ", workspace, "; ", left,
          " bytes are left for the KV cache, which needs at least ", least, ". Raise memory= to ",
-         weights_.bytes() + workspace + least, " bytes or more, or use smaller weights.");
+         weight_bytes() + workspace + least, " bytes or more, or use smaller weights.");
   }
   cache_ = std::move(made);
 }
@@ -61,8 +107,8 @@ void Engine::close_sequence(std::int64_t sequence) {
 
 MemoryReport Engine::memory() const {
   const std::lock_guard lock(mutex_);
-  return {weights_.bytes(), model_.workspace_bytes(options_.max_step_tokens), cache().limit_bytes(),
-          cache().used_bytes(), cache().page_size()};
+  return {weight_bytes(), workspace_bytes(), cache().limit_bytes(), cache().used_bytes(),
+          cache().page_size()};
 }
 
 void Engine::check_invariants() const {

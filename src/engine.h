@@ -7,12 +7,15 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "backend/backend.h"
 #include "kv/cache.h"
 #include "model/config.h"
 #include "model/llama4.h"
+#include "model/vision.h"
 #include "model/weights.h"
 #include "step/batch.h"
 #include "step/sampler.h"
@@ -44,6 +47,10 @@ class Engine {
   Engine(ModelConfig config, const EngineOptions& options);
 
   Weights& weights() { return weights_; }
+  // Absent where the config has no vision tower.
+  VisionTower* vision() { return vision_.get(); }
+  void load_vision_frame(const VisionFrameSources& sources);
+  void load_vision_layer(const VisionLayerSources& sources);
   // Once all weights are loaded: sizes the KV pools from what memory is left. Throws kCapacity.
   void finish_loading();
 
@@ -52,6 +59,8 @@ class Engine {
   // Runs one step. When it throws kCapacity or kInvalidRequest nothing has changed; after any other
   // error the sequences of the request can only be closed.
   StepResult step(const StepRequest& request);
+  // pixels: [n_tiles, channels, image_size, image_size]; returns [n_tiles, tokens_per_tile, dim].
+  std::vector<float> encode_image(std::span<const float> pixels);
 
   std::size_t kv_bytes_for(std::int64_t n_tokens) const { return cache().bytes_for(n_tokens); }
   std::int64_t kv_tokens_in(std::size_t bytes) const { return cache().tokens_in(bytes); }
@@ -62,11 +71,15 @@ class Engine {
 
  private:
   KvCache& cache() const;
+  VisionTower& tower() const;
+  std::size_t weight_bytes() const;
+  std::size_t workspace_bytes() const;
 
   ModelConfig config_;
   EngineOptions options_;
   std::unique_ptr<Backend> backend_;
   Weights weights_;
+  std::unique_ptr<VisionTower> vision_;
   Llama4 model_;
   StepRunner runner_;
   std::unique_ptr<KvCache> cache_;

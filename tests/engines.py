@@ -17,6 +17,7 @@ from camelid.sources import (
     head_source,
     layer_sources,
 )
+from camelid.vision_sources import frame_sources, vision_layer_sources
 
 NOTHING, SAMPLE, LOGITS = 0, 1, 2
 
@@ -31,6 +32,10 @@ def open_engine(folder: str | Path, **options: Any) -> _core.Engine:
         for layer in range(checkpoint.config.n_layers):
             engine.load_layer(layer_sources(checkpoint, layer))
         engine.load_head(final_norm_source(checkpoint), head_source(checkpoint))
+        if (vision := checkpoint.config.vision) is not None:
+            engine.load_vision_frame(frame_sources(checkpoint, vision))
+            for layer in range(vision.n_layers):
+                engine.load_vision_layer(vision_layer_sources(checkpoint, vision, layer))
         engine.finish_loading()
     return engine
 

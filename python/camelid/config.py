@@ -75,9 +75,14 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def shuffle(self) -> int:
+        """Patches of a side that become one embedding; the engine refuses what is no square."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
     def tokens_per_tile(self) -> int:
         """Embeddings one tile becomes."""
-        return int(self.n_patches * self.pixel_shuffle_ratio**2)
+        return self.n_patches // self.shuffle**2
 
 
 @dataclass(frozen=True)
@@ -385,6 +390,11 @@ def _vision(top: Fields) -> VisionConfig:
         raise vision.error("num_attention_heads", f"a divisor of hidden_size = {config.dim}")
     if config.image_size < config.patch_size:
         raise vision.error("image_size", f"at least one patch of {config.patch_size} pixels")
+    if abs(1 / config.pixel_shuffle_ratio - config.shuffle) > 1e-6:
+        raise Unsupported(
+            f"[config] {vision.where}: pixel_shuffle_ratio is {config.pixel_shuffle_ratio}. "
+            "Supported: 1, 1/2, 1/3 and so on."
+        )
     if vision.boolean("multi_modal_projector_bias", False):
         raise Unsupported(f"[config] {vision.where}: multi_modal_projector_bias is true.")
     return config

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from camelid.errors import (
     Cancelled,
@@ -151,6 +152,19 @@ class EngineLoop:
                     raise InternalError(
                         "[engine] the engine's thread is gone. This is a bug; please report it."
                     ) from None
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the vision tower, between two steps where requests are under way.
+
+        Raises:
+            InvalidRequest: If the model is closed.
+        """
+        self._check_process()
+        with self._wake:
+            if self._closed:
+                raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
+            core = self._core  # which stays alive until this is done
+        return core.encode_image(pixels)
 
     def close(self) -> None:
         """Stop the thread after the step it is in; requests under way fail with Cancelled."""

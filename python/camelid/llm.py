@@ -31,7 +31,7 @@ from camelid.errors import (
 )
 from camelid.loading import find_folder, load
 from camelid.options import LoadOptions, ResolvedSampling, SamplingParams
-from camelid.prompts import Prompt, encode_prompt, is_one_prompt, token_array
+from camelid.prompts import Prompt, encode_prompt, is_one_prompt, tile_array, token_array
 from camelid.report import show_bytes
 from camelid.request import (
     Completion,
@@ -282,6 +282,22 @@ class LLM:
         if event.finish_reason == "cancelled":
             raise Cancelled("[logits] the request was cancelled before it had a result.")
         return logits
+
+    def encode_image(self, pixel_values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Return the embeddings that stand for an image's patch tokens.
+
+        Args:
+            pixel_values: Tiles [n_tiles, channels, side, side] in [-1, 1], the overview last, side
+                as in the config.
+
+        Returns:
+            float32 [n_tiles, tokens_per_tile, dim]. A tile's result does not depend on the others.
+
+        Raises:
+            InvalidRequest: If the shape or a value is not what the model takes.
+            Unsupported: If the model has no vision tower.
+        """
+        return self._loop.encode_image(tile_array(pixel_values, self._config.vision))
 
     def cancel(self) -> None:
         """End all requests under way, in whatever thread; their answers so far are kept."""

@@ -24,10 +24,11 @@ from camelid.sources import (
     head_source,
     layer_sources,
 )
+from camelid.vision_sources import frame_sources, vision_layer_sources
 
 if TYPE_CHECKING:
     from camelid import _core
-    from camelid.config import ModelConfig
+    from camelid.config import ModelConfig, VisionConfig
 
 __all__ = ["Loaded", "find_folder", "load"]
 
@@ -148,3 +149,17 @@ def _load_weights(
             releaser.expect(sources.linears())
             core.load_layer(sources)
             bar.update()
+        if config.vision is not None:
+            _load_vision(core, checkpoint, config.vision, releaser)
+
+
+def _load_vision(
+    core: _core.Engine, checkpoint: Checkpoint, vision: VisionConfig, releaser: _Releaser
+) -> None:
+    frame = frame_sources(checkpoint, vision)
+    releaser.expect(frame.linears())
+    core.load_vision_frame(frame)
+    for layer in range(vision.n_layers):
+        sources = vision_layer_sources(checkpoint, vision, layer)
+        releaser.expect(sources.linears())
+        core.load_vision_layer(sources)

@@ -23,6 +23,7 @@ from camelid.layout import (
     layer_name,
     router_linear,
     shared_linears,
+    vision_linears,
 )
 
 __all__ = ["KvReport", "Part", "Report", "inspect", "kv_report", "show_bytes"]
@@ -153,6 +154,14 @@ def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "store
                 n_values *= size
             parts["vision"].n_parameters += n_values
             parts["vision"].stored_bytes += entry.nbytes
+            is_vector = len(entry.shape) == 1 and not name.endswith("weight_shape")
+            if is_vector or name.endswith("positional_embedding_vlm"):
+                parts["vision"].loaded_bytes += 4 * n_values  # held as float32
+    if config.vision is not None:
+        choice = "bf16" if weights == "bf16" else "auto"
+        for linear, _ in vision_linears(config.vision, config.dim):
+            held = _held(checkpoint, linear)
+            parts["vision"].loaded_bytes += _packed_bytes(linear, held, choice)
     return Report(
         folder=str(checkpoint.folder),
         architecture=config.architecture,

@@ -75,6 +75,7 @@ struct AttentionLayer {
   bool rotate = false;         // RoPE on interleaved pairs (2i, 2i+1) by the plan's rotation
   bool qk_norm = false;        // after RoPE: weightless RMS norm of each q and k head
   bool scale_queries = false;  // multiply q by StepPlan::query_scale (NoPE temperature)
+  bool causal = true;          // else every row of a span sees all of the span's keys
   std::int64_t kv_layer = 0;   // index among the layers of its kind
   std::int64_t n_heads = 0;
   float eps = 0.0f;
@@ -110,6 +111,10 @@ class Backend {
   virtual void begin(const StepPlan& plan) = 0;  // plan outlives the step
   virtual void embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) = 0;
   virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
+  virtual void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,
+                          float eps) = 0;
+  virtual void add_bias(Tensor y, const Buffer& bias) = 0;  // to every row; none where it is empty
+  virtual void gelu(Tensor y) = 0;                          // in place, by erf
   virtual void matmul(Tensor y, Tensor x, const Matrix& w) = 0;      // y = x w^T
   virtual void matmul_add(Tensor y, Tensor x, const Matrix& w) = 0;  // y += x w^T
   // qkv: [n_tokens, (n_heads + 2 n_kv_heads) * head_dim]. Finishes q in place; k, v go to pages.
@@ -119,7 +124,8 @@ class Backend {
   virtual void mlp(Tensor y, Tensor x, const Mlp& w) = 0;
   virtual void experts(Tensor y, Tensor x, const Experts& w) = 0;
   virtual void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) = 0;
-  virtual void download(float* out, Tensor x) = 0;  // [n_rows, dim] float32, waits
+  virtual void upload_rows(Tensor y, const float* rows) = 0;  // [n_rows, dim] float32
+  virtual void download(float* out, Tensor x) = 0;            // [n_rows, dim] float32, waits
 };
 
 struct BackendOptions {

@@ -16,10 +16,11 @@
 // are cut from page and piece starts. So its result is bit-identical for every task, cut and batch.
 
 // Merges one strip into every query of the block that sees some of it. `first_visible` is the
-// number of keys query 0 sees of the strip (not clamped); each further row sees one more.
+// number of keys query 0 sees of the strip (not clamped); each further row sees `more` more.
 template <class T>
 void attend_strip(const QueryBlock& block, const Sums& sums, const Strip<T>& strip,
-                  std::int64_t first_visible, std::int64_t group, Fetcher& fetcher) {
+                  std::int64_t first_visible, std::int64_t more, std::int64_t group,
+                  Fetcher& fetcher) {
   Tile tile;
   tile.fetcher = &fetcher;
   for (std::int64_t first = 0; first < block.n_queries; first += kTileQueries) {
@@ -29,7 +30,7 @@ void attend_strip(const QueryBlock& block, const Sums& sums, const Strip<T>& str
     tile.q = block.q + first * block.head_dim;
     tile.sums = sums.values + first * block.n_vecs * kLanes;
     for (int m = 0; m < tile.n_queries; ++m) {
-      const std::int64_t seen = first_visible + (first + m) / group;
+      const std::int64_t seen = first_visible + (first + m) / group * more;
       tile.visible[m] = seen < 0 ? 0 : seen < strip.n_keys ? seen : strip.n_keys;
     }
     const std::int64_t most = tile.visible[tile.n_queries - 1];
@@ -97,6 +98,11 @@ inline std::int64_t group_of(const AttendTask& task) {
 }
 inline std::int64_t first_index_of(const AttendTask& task) {
   return task.span->first_index + (task.first_row - task.span->first_row);
+}
+// Of the task's last row.
+inline std::int64_t keys_of(const AttendTask& task) {
+  return task.causal ? first_index_of(task) + task.n_rows
+                     : task.span->first_index + task.span->n_rows;
 }
 
 inline std::int64_t vecs_of(const AttendTask& task) {
@@ -235,7 +241,9 @@ inline void store_result(const AttendTask& task, std::int64_t kv_head, const Sum
 template <class T>
 void attend_piece(const AttendTask& task, const HeadSums& sums, std::int64_t piece,
                   std::int64_t last_key, float* scratch) {
-  const std::int64_t visible = first_index_of(task) + 1;  // to the block's first row
+  // To the block's first row, and what each further one sees besides.
+  const std::int64_t visible = task.causal ? first_index_of(task) + 1 : keys_of(task);
+  const std::int64_t more = task.causal ? 1 : 0;
   const std::int64_t next_piece = piece_start(piece + 1);
   const std::int64_t end = next_piece < last_key ? next_piece : last_key;
   Place place = {piece_start(piece), piece_start(piece), task.first_kv_head};
@@ -253,8 +261,8 @@ void attend_piece(const AttendTask& task, const HeadSums& sums, std::int64_t pie
       fetcher = {next.keys, next.keys + n_bytes - 64, weights_share<T>(*task.pages, block)};
     }
     attend_strip(block, sums_of(task, sums, place.kv_head),
-                 find_strip<T>(*task.pages, here, n_keys), visible - place.key, group_of(task),
-                 fetcher);
+                 find_strip<T>(*task.pages, here, n_keys), visible - place.key, more,
+                 group_of(task), fetcher);
     place = following;
   }
 }
@@ -267,7 +275,7 @@ void attend_pieces(const AttendTask& task, float* scratch) {
   for (std::int64_t h = task.first_kv_head; h < task.last_kv_head; ++h) {
     load_queries<T>(task, h, place_block(task, h, scratch));
   }
-  const std::int64_t n_keys = first_index_of(task) + task.n_rows;
+  const std::int64_t n_keys = keys_of(task);
   const std::int64_t run_end = piece_start(task.last_piece);
   const std::int64_t last_key = run_end < n_keys ? run_end : n_keys;
   for (std::int64_t piece = task.first_piece; piece < task.last_piece; ++piece) {

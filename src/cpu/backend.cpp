@@ -65,6 +65,9 @@ class CpuBackend final : public Backend {
   void begin(const StepPlan& plan) override { plan_ = &plan; }
   void embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
+  void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
+  void add_bias(Tensor y, const Buffer& bias) override;
+  void gelu(Tensor y) override;
   void matmul(Tensor y, Tensor x, const Matrix& w) override { multiply(y, x, w, false); }
   void matmul_add(Tensor y, Tensor x, const Matrix& w) override { multiply(y, x, w, true); }
   void store_kv(Tensor qkv, const AttentionLayer& layer) override;
@@ -72,6 +75,7 @@ class CpuBackend final : public Backend {
   void mlp(Tensor y, Tensor x, const Mlp& w) override { feed_forward_.mlp(y, x, w); }
   void experts(Tensor y, Tensor x, const Experts& w) override { feed_forward_.experts(y, x, w); }
   void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) override;
+  void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
 
  private:
@@ -125,6 +129,26 @@ void CpuBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
   });
 }
 
+void CpuBackend::layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) {
+  const auto* gains = static_cast<const float*>(gain.data.get());
+  const auto* biases = static_cast<const float*>(bias.data.get());
+  for_rows(x.n_rows, x.dim, [&](std::int64_t row) {
+    work_.kernels.layer_norm_row(row_of(y, row), row_of(x, row), gains, biases, x.dim, eps);
+  });
+}
+
+void CpuBackend::add_bias(Tensor y, const Buffer& bias) {
+  if (bias.bytes == 0) return;
+  const auto* biases = static_cast<const float*>(bias.data.get());
+  for_rows(y.n_rows, y.dim,
+           [&](std::int64_t row) { work_.kernels.add_row(row_of(y, row), biases, y.dim); });
+}
+
+void CpuBackend::gelu(Tensor y) {
+  for_rows(y.n_rows, y.dim,
+           [&](std::int64_t row) { work_.kernels.gelu_row(row_of(y, row), y.dim); });
+}
+
 void CpuBackend::multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate) {
   const Product product{.w = &packed(w),
                         .x = {row_of(x, 0), x.n_rows, x.row_stride},
@@ -173,13 +197,15 @@ void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& laye
       task.kv_layer = layer.kv_layer;
       task.last_kv_head = plan.pages.n_kv_heads;
       task.n_heads = layer.n_heads;
+      task.causal = layer.causal;
       task.first_row = span.first_row + done;
       task.n_rows = std::min(step, span.n_rows - done);
       task.q = row_of(qkv, 0);
       task.q_stride = qkv.row_stride;
       task.y = row_of(y, 0);
       task.y_stride = y.row_stride;
-      task.n_pieces = count_pieces(span.first_index + done + task.n_rows);
+      task.n_pieces =
+          count_pieces(span.first_index + (layer.causal ? done + task.n_rows : span.n_rows));
       task.last_piece = task.n_pieces;
       attend_tasks_.push_back(task);
     }
@@ -267,6 +293,12 @@ void CpuBackend::select_rows(Tensor y, Tensor x, std::span<const std::int32_t> r
   for (std::size_t i = 0; i < rows.size(); ++i) {
     std::memcpy(row_of(y, static_cast<std::int64_t>(i)), row_of(x, rows[i]),
                 static_cast<std::size_t>(x.dim) * sizeof(float));
+  }
+}
+
+void CpuBackend::upload_rows(Tensor y, const float* rows) {
+  for (std::int64_t row = 0; row < y.n_rows; ++row, rows += y.dim) {
+    std::memcpy(row_of(y, row), rows, static_cast<std::size_t>(y.dim) * sizeof(float));
   }
 }
 

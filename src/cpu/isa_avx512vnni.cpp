@@ -48,6 +48,9 @@ bool add_avx512vnni_kernels(Kernels& table) {
   table.matmul_int8 = matmul_int8;
   table.quantize_row = quantize_row;
   table.norm_row = norm_row;
+  table.layer_norm_row = layer_norm_row;
+  table.add_row = add_row;
+  table.gelu_row = gelu_row;
   table.silu_mul_row = silu_mul_row;
   table.store_kv = store_kv;
   table.attend_scratch_floats = attend_scratch_floats;

@@ -60,6 +60,7 @@ struct AttendTask {
   std::int64_t first_kv_head = 0;
   std::int64_t last_kv_head = 0;  // exclusive
   std::int64_t n_heads = 0;
+  bool causal = true;          // else every row sees all keys of the span
   std::int64_t first_row = 0;  // of the step
   std::int64_t n_rows = 0;
   const float* q = nullptr;  // row 0 of the step, head 0
@@ -112,6 +113,11 @@ struct Kernels {
   void (*unpack_row)(float* y, const Segment& w, std::int64_t row);
   // y = cast(x * rsqrt(mean(x^2) + eps)) * gain over n values.
   void (*norm_row)(float* y, const float* x, const float* gain, std::int64_t n, float eps);
+  // y = (x - mean(x)) * rsqrt(variance(x) + eps) * gain + bias over n values.
+  void (*layer_norm_row)(float* y, const float* x, const float* gain, const float* bias,
+                         std::int64_t n, float eps);
+  void (*add_row)(float* y, const float* x, std::int64_t n);  // y += x
+  void (*gelu_row)(float* y, std::int64_t n);                 // in place
   // y[i] = silu(factor * gate[i]) * (factor * up[i]).
   void (*silu_mul_row)(float* y, const float* gate, const float* up, float factor, std::int64_t n);
   void (*store_kv)(const StoreTask& task);

@@ -1,4 +1,4 @@
-// What one row needs besides matrix products: RMS norm, SiLU, int8 activations, and finishing a row
+// What one row needs besides matrix products: norms, SiLU and GELU, int8 activations, and finishing a row
 // of q, k, v (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous
 // namespace of each isa_*.cpp after vectors.inl; must never know of threads, nor call an
 // inline function of std (the linker could keep the copy compiled for the wider instruction set).
@@ -35,6 +35,71 @@ void norm_row(float* y, const float* x, const float* gain, std::int64_t n, float
   }
 }
 
+inline Vec load_up_to(const float* x, std::int64_t n) {
+  return n >= kLanes ? Vec::load(x) : load_first(x, n);
+}
+inline void store_up_to(Vec v, float* y, std::int64_t n) {
+  if (n >= kLanes) {
+    v.store(y);
+  } else {
+    v.store_first(y, static_cast<int>(n));
+  }
+}
+
+// Lanes [0, n) of v, the rest zero.
+inline Vec keep_first(Vec v, std::int64_t n) {
+  if (n >= kLanes) return v;
+  float lanes[kLanes];
+  v.store(lanes);
+  return load_first(lanes, n);
+}
+
+// The mean first, then the variance around it: their one-pass form cancels where the mean is large.
+void layer_norm_row(float* y, const float* x, const float* gain, const float* bias, std::int64_t n,
+                    float eps) {
+  Vec total = Vec::zero();
+  for (std::int64_t i = 0; i < n; i += kLanes) total = total + load_up_to(x + i, n - i);
+  const Vec mean = Vec::set(sum(total) / static_cast<float>(n));
+  Vec squares = Vec::zero();
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Vec off = keep_first(load_up_to(x + i, n - i) - mean, n - i);
+    squares = fma(off, off, squares);
+  }
+  const Vec inverse = Vec::set(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps));
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Vec scaled = (load_up_to(x + i, n - i) - mean) * inverse;
+    store_up_to(fma(scaled, load_up_to(gain + i, n - i), load_up_to(bias + i, n - i)), y + i,
+                n - i);
+  }
+}
+
+void add_row(float* y, const float* x, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    store_up_to(load_up_to(y + i, n - i) + load_up_to(x + i, n - i), y + i, n - i);
+  }
+}
+
+// gelu(x) = x / 2 * (1 + erf(x / sqrt 2)), erf within 1.5e-7: 1 - t (a1 + t (a2 + ...)) e^-z^2,
+// t = 1 / (1 + p |z|). Source: Abramowitz and Stegun 7.1.26.
+inline Vec gelu(Vec x) {
+  const Vec z = max(x, Vec::zero() - x) * Vec::set(0.70710678f);
+  const Vec t = Vec::set(1.0f) / fma(Vec::set(0.3275911f), z, Vec::set(1.0f));
+  Vec p = Vec::set(1.061405429f);
+  p = fma(p, t, Vec::set(-1.453152027f));
+  p = fma(p, t, Vec::set(1.421413741f));
+  p = fma(p, t, Vec::set(-0.284496736f));
+  p = fma(p, t, Vec::set(0.254829592f));
+  const Vec tail = p * t * exp(Vec::zero() - z * z);  // 1 - erf(z)
+  // x / 2 * (2 - tail) for positive x, x / 2 * tail for negative: max(x, 0) - |x| / 2 * tail.
+  return max(x, Vec::zero()) - z * Vec::set(0.70710678f) * tail;
+}
+
+void gelu_row(float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    store_up_to(gelu(load_up_to(y + i, n - i)), y + i, n - i);
+  }
+}
+
 // silu(g) u = g / (1 + e^-g) * u.
 inline Vec silu_mul(Vec gate, Vec up) {
   return gate / (Vec::set(1.0f) + exp(Vec::zero() - gate)) * up;
@@ -52,10 +117,6 @@ void silu_mul_row(float* y, const float* gate, const float* up, float factor, st
     silu_mul(load_first(gate + i, n - i) * f, load_first(up + i, n - i) * f)
         .store_first(y + i, static_cast<int>(n - i));
   }
-}
-
-inline Vec load_up_to(const float* x, std::int64_t n) {
-  return n >= kLanes ? Vec::load(x) : load_first(x, n);
 }
 
 // Quantises one block; returns the sum of its values.

@@ -31,6 +31,26 @@ void check_per_layer(std::string_view field, std::size_t got, std::int64_t n_lay
 
 }  // namespace
 
+void VisionConfig::check() const {
+  check_size("vision hidden_size", dim);
+  check_size("vision num_attention_heads", n_heads);
+  check_size("vision intermediate_size", ffn_dim);
+  check_size("vision patch_size", patch_size);
+  check_size("vision image_size", image_size);
+  check_size("vision projector_input_dim", adapter_dim);
+  check_positive("vision rope_theta", rope_theta);
+  const auto require = [](bool holds, const auto&... wanted) {
+    if (!holds) fail(ErrorCode::kUnsupported, "[config] vision_config: ", wanted...);
+  };
+  require(dim % n_heads == 0 && head_dim() % 4 == 0, "heads of ", head_dim(),
+          " dimensions. Supported: a multiple of 4, so that pairs turn in two directions.");
+  require(shuffle >= 1 && side() >= 1 && side() % shuffle == 0, "tiles of ", side(), " x ", side(),
+          " patches. Supported: a multiple of 1 / pixel_shuffle_ratio = ", shuffle, ".");
+  require(shuffled_dim() == ffn_dim, "intermediate_size is ", ffn_dim,
+          ". Supported: hidden_size / ", "pixel_shuffle_ratio^2 = ", shuffled_dim(),
+          ", which the adapter reads.");
+}
+
 void ModelConfig::check() const {
   check_size("hidden_size", dim);
   check_size("num_hidden_layers", n_layers);
@@ -66,6 +86,7 @@ void ModelConfig::check() const {
     fail(ErrorCode::kCheckpoint, "[config] attention_chunk_size is ", chunk,
          ", expected null or a positive number.");
   }
+  if (vision) vision->check();
   check_positive("rms_norm_eps", rms_norm_eps);
   check_positive("rope_theta", rope_theta);
   check_positive("floor_scale", floor_scale);

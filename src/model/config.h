@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace camelid {
@@ -13,6 +14,30 @@ struct RopeScaling {
   double low_freq_factor = 1.0;
   double high_freq_factor = 1.0;
   double original_max_position = 8192.0;
+};
+
+// The vision tower: an encoder over the patches of square tiles, and what takes them to `dim`.
+struct VisionConfig {
+  std::int64_t dim = 0;
+  std::int64_t n_layers = 0;
+  std::int64_t n_heads = 0;
+  std::int64_t ffn_dim = 0;
+  std::int64_t image_size = 0;  // pixels, the side of a tile
+  std::int64_t patch_size = 0;  // pixels
+  std::int64_t n_channels = 3;
+  std::int64_t shuffle = 2;  // patches of a side that become one token: 1 / pixel_shuffle_ratio
+  std::int64_t adapter_dim = 0;
+  double rope_theta = 10000.0;
+
+  std::int64_t side() const { return image_size / patch_size; }
+  std::int64_t n_patches() const { return side() * side(); }
+  std::int64_t n_rows() const { return n_patches() + 1; }  // the class token is the last
+  std::int64_t tokens_per_tile() const { return n_patches() / (shuffle * shuffle); }
+  std::int64_t shuffled_dim() const { return dim * shuffle * shuffle; }
+  std::int64_t patch_dim() const { return n_channels * patch_size * patch_size; }
+  std::int64_t head_dim() const { return dim / n_heads; }
+  std::int64_t pixels_per_tile() const { return n_channels * image_size * image_size; }
+  void check() const;
 };
 
 struct ModelConfig {
@@ -39,6 +64,7 @@ struct ModelConfig {
   double floor_scale = 8192.0;
   double attn_scale = 0.1;
   bool tied_embeddings = false;
+  std::optional<VisionConfig> vision;
 
   std::int64_t qkv_dim() const { return (n_heads + 2 * n_kv_heads) * head_dim; }
   // Local layers see one chunk only; their keys and values are freed at its end.

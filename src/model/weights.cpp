@@ -37,6 +37,8 @@ PackOptions options_for(const LinearSource& source, WeightChoice choice) {
   return options;
 }
 
+}  // namespace
+
 void check_shape(const LinearSource& source, std::int64_t out_dim, std::int64_t in_dim) {
   if (source.out_dim == out_dim && source.in_dim == in_dim) return;
   fail(ErrorCode::kCheckpoint, "[weights] ", source.name, " in ", source.file, " is [",
@@ -44,7 +46,19 @@ void check_shape(const LinearSource& source, std::int64_t out_dim, std::int64_t 
        "]. The config and the weights disagree; download both again.");
 }
 
-}  // namespace
+std::unique_ptr<Matrix> pack_linears(Backend& backend, std::span<const LinearSource> stack,
+                                     WeightChoice choice, bool precise, const OnPacked& on_packed) {
+  std::vector<PackOptions> options;
+  for (const LinearSource& source : stack) {
+    options.push_back(options_for(source, choice));
+    options.back().precise = precise;
+  }
+  std::unique_ptr<Matrix> matrix = backend.pack(stack, options);
+  if (on_packed) {
+    for (const LinearSource& source : stack) on_packed(source.name);
+  }
+  return matrix;
+}
 
 WeightChoice weight_choice_from_name(const std::string& name) {
   if (name == "auto") return WeightChoice::kAsStored;
@@ -61,20 +75,11 @@ Weights::Weights(Backend& backend, const ModelConfig& config, WeightOptions opti
 
 std::unique_ptr<Matrix> Weights::pack(std::vector<LinearSource> stack, WeightChoice choice,
                                       bool precise) {
-  std::vector<PackOptions> options;
-  for (const LinearSource& source : stack) {
-    options.push_back(options_for(source, choice));
-    options.back().precise = precise;
-  }
-  std::unique_ptr<Matrix> matrix = backend_.pack(stack, options);
+  std::unique_ptr<Matrix> matrix = pack_linears(backend_, stack, choice, precise, on_packed_);
   bytes_ += matrix->bytes;
-  if (on_packed_) {
-    for (const LinearSource& source : stack) on_packed_(source.name);
-  }
   return matrix;
 }
 
-// For what is never quantised: the embedding and the routers.
 WeightChoice Weights::plain_choice() const {
   return options_.body == WeightChoice::kBf16 ? WeightChoice::kBf16 : WeightChoice::kAsStored;
 }

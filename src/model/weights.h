@@ -50,6 +50,12 @@ WeightChoice weight_choice_from_name(const std::string& name);
 // Called with a source's name once it is packed: its mapped pages may go.
 using OnPacked = std::function<void(const std::string& name)>;
 
+// Packs linears that share an input, each as `choice` or as it is stored.
+std::unique_ptr<Matrix> pack_linears(Backend& backend, std::span<const LinearSource> stack,
+                                     WeightChoice choice, bool precise, const OnPacked& on_packed);
+// Throws kCheckpoint unless a source has this shape.
+void check_shape(const LinearSource& source, std::int64_t out_dim, std::int64_t in_dim);
+
 class Weights {
  public:
   Weights(Backend& backend, const ModelConfig& config, WeightOptions options, OnPacked on_packed);
@@ -65,12 +71,14 @@ class Weights {
   const Matrix& head() const { return head_ ? *head_ : *embedding_; }
   const Buffer& final_norm() const { return final_norm_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
+  // For what is never quantised here: the embedding, the routers, the vision tower.
+  WeightChoice plain_choice() const;
+  const OnPacked& on_packed() const { return on_packed_; }
   std::size_t bytes() const { return bytes_; }
 
  private:
   std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, WeightChoice choice,
                                bool precise = false);
-  WeightChoice plain_choice() const;
   Mlp pack_mlp(const MlpSources& sources, std::int64_t ffn_dim);
   Buffer upload_norm(std::span<const float> values, const char* name);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -39,6 +40,42 @@ def test_norm_matches_numpy(isa: str, dim: int) -> None:
     # The sum's error is halved by the root; then four roundings.
     np.testing.assert_allclose(got, expected, rtol=(dim / 2 + 6) * 2**-24, atol=0)
     assert not got[3].any()
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_layer_norm_matches_numpy(isa: str, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    x = rng.standard_normal((9, dim)).astype(np.float32)
+    x[:3] = x[:3] * np.array([[1e-3], [1e3], [1]], np.float32) + np.array([[0], [0], [100]])
+    x[3] = 0
+    x[5] = np.nan  # its neighbours must not notice
+    gain, bias = rng.standard_normal((2, dim)).astype(np.float32)
+    wide = x.astype(np.float64)
+    off = wide - wide.mean(axis=1, keepdims=True)
+    expected = off / np.sqrt((off**2).mean(axis=1, keepdims=True) + EPS) * gain + bias
+    got = testing.Ops(isa).layer_norm(x, gain, bias, EPS)
+    # The mean errs by dim / 16 + 4 half-ulps of the largest value; dividing by a small deviation
+    # magnifies that.
+    deviation = np.sqrt((off**2).mean(axis=1, keepdims=True) + EPS)
+    error = (dim / 16 + 16) * 2.0**-24 * (np.abs(wide).max(axis=1, keepdims=True) / deviation + 1)
+    allowed = error * (np.abs(gain) + np.abs(expected)) + 2.0**-23 * np.abs(bias)
+    assert np.isnan(got[5]).all()
+    fine = np.arange(9) != 5
+    assert (np.abs(got - expected)[fine] <= allowed[fine]).all()
+    np.testing.assert_array_equal(got[3], bias)
+
+
+@pytest.mark.parametrize("dim", [1, 15, 16, 17, 200])
+def test_gelu_matches_erf(isa: str, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    x = np.concatenate([rng.standard_normal((40, dim)) * 3, np.full((1, dim), 30.0)])
+    x = np.concatenate([x, np.full((1, dim), -30.0), np.zeros((1, dim))]).astype(np.float32)
+    bias = rng.standard_normal(dim).astype(np.float32)
+    z = (x + bias).astype(np.float64)
+    expected = z / 2 * (1 + np.vectorize(math.erf)(z / np.sqrt(2)))
+    got = testing.Ops(isa).gelu(x, bias)
+    # erf within 1.5e-7, then some roundings of values up to |z|.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-7 * (1 + np.abs(z).max()) / 4 + 1e-7)
 
 
 def test_norm_reads_eps(isa: str) -> None:
