@@ -100,19 +100,34 @@ py::array_t<float> encode_image(Engine& engine,
   return py::array_t<float>({n_tiles, n_tokens, dim}, features.data());
 }
 
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+// None where no token stands for a feature.
+struct Features {
+  std::optional<FloatArray> values;  // [n_features, dim]
+  std::optional<IntArray> rows;      // [n_tokens]
+};
+
 StepResult run_step(Engine& engine, const py::array_t<std::int64_t, py::array::c_style>& sequences,
                     const IntArray& counts, const IntArray& tokens,
-                    const py::array_t<std::uint8_t, py::array::c_style>& outputs) {
+                    const py::array_t<std::uint8_t, py::array::c_style>& outputs,
+                    const Features& features) {
   std::vector<Output> wanted;
   for (py::ssize_t i = 0; i < outputs.size(); ++i) {
     if (outputs.data()[i] > 2)
       fail(ErrorCode::kInvalidRequest, "[step] an output is not 0, 1 or 2");
     wanted.push_back(static_cast<Output>(outputs.data()[i]));
   }
-  const StepRequest request{{sequences.data(), static_cast<std::size_t>(sequences.size())},
-                            {counts.data(), static_cast<std::size_t>(counts.size())},
-                            {tokens.data(), static_cast<std::size_t>(tokens.size())},
-                            wanted};
+  StepRequest request{{sequences.data(), static_cast<std::size_t>(sequences.size())},
+                      {counts.data(), static_cast<std::size_t>(counts.size())},
+                      {tokens.data(), static_cast<std::size_t>(tokens.size())},
+                      wanted,
+                      {},
+                      {}};
+  if (features.values && features.rows) {
+    request.features = {features.values->data(), static_cast<std::size_t>(features.values->size())};
+    request.feature_rows = {features.rows->data(), static_cast<std::size_t>(features.rows->size())};
+  }
   const py::gil_scoped_release release;
   return engine.step(request);
 }
@@ -134,8 +149,11 @@ struct PyStepResult {
 
 PyStepResult step(Engine& engine, const py::array_t<std::int64_t, py::array::c_style>& sequences,
                   const IntArray& counts, const IntArray& tokens,
-                  const py::array_t<std::uint8_t, py::array::c_style>& outputs) {
-  StepResult result = run_step(engine, sequences, counts, tokens, outputs);
+                  const py::array_t<std::uint8_t, py::array::c_style>& outputs,
+                  const std::optional<FloatArray>& features,
+                  const std::optional<IntArray>& feature_rows) {
+  StepResult result =
+      run_step(engine, sequences, counts, tokens, outputs, {features, feature_rows});
   py::array_t<float> logits = take_logits(result, engine.config().vocab_size);
   return {std::move(result.sampled), std::move(logits)};
 }
@@ -243,7 +261,8 @@ void bind_engine(py::module_& m) {
       .def("open_sequence", &Engine::open_sequence, py::arg("params"), Release())
       .def("close_sequence", &Engine::close_sequence, py::arg("sequence"), Release())
       .def("step", &step, py::arg("sequences"), py::arg("counts"), py::arg("tokens"),
-           py::arg("outputs"))
+           py::arg("outputs"), py::arg("features") = py::none(),
+           py::arg("feature_rows") = py::none())
       .def("kv_bytes_for", &Engine::kv_bytes_for, py::arg("n_tokens"))
       .def("kv_tokens_in", &Engine::kv_tokens_in, py::arg("n_bytes"))
       .def("memory", &memory)

@@ -118,7 +118,8 @@ void Engine::check_invariants() const {
 
 StepResult Engine::step(const StepRequest& request) {
   const std::lock_guard lock(mutex_);
-  return runner_.run(check_request(request, config_.vocab_size), cache(), samplers_);
+  return runner_.run(check_request(request, config_.vocab_size, config_.dim), request.features,
+                     cache(), samplers_);
 }
 
 }  // namespace camelid

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints import VISION_CONFIG, Weights, write_checkpoint
+from checkpoints import SPECIAL_IDS, VISION_CONFIG, Weights, write_checkpoint
 
 GOLDENS = Path(__file__).parent / "data" / "vision_goldens"
 
@@ -69,3 +69,34 @@ VISION_VARIANTS = (
     VisionVariant("theta", {"rope_theta": 100.0, "num_hidden_layers": 5}, seed=5),
     VisionVariant("no_layers", {"num_hidden_layers": 0}),
 )
+
+
+# ---- a prompt of text and two images ----
+MIXED = Path(__file__).parent / "data" / "vision_goldens" / "mixed_prompt.npz"
+PATCH = SPECIAL_IDS["<|patch|>"]
+
+
+def write_mixed(folder: str | Path) -> Weights:
+    """Write the checkpoint whose logits of mixed_prompt() are in MIXED."""
+    text = {"attention_chunk_size": 16, "num_hidden_layers": 4}
+    return write_checkpoint(folder, vision=True, config_overrides=text, seed=11)
+
+
+def mixed_prompt() -> tuple[list[int], list[NDArray[np.float32]]]:
+    """Return token ids and the tiles of their images: two tiles and an overview, then one tile.
+
+    Text, the images' layout and more text; both images cross an edge of the chunks of 16.
+    """
+    special = SPECIAL_IDS
+    per_tile = [PATCH] * 4  # 4 x 4 patches shuffled into 2 x 2
+    row = [*per_tile, special["<|tile_x_separator|>"], *per_tile, special["<|tile_y_separator|>"]]
+    overview = [special["<|image|>"], *per_tile, special["<|image_end|>"]]
+    begin = special["<|image_start|>"]
+    bits = np.random.PCG64(3).random_raw(30) >> np.uint64(56)
+    words = [int(value) for value in bits]
+    ids = [
+        special["<|begin_of_text|>"], *words[:9], begin, *row, *overview, *words[9:17],
+        begin, *overview, *words[17:],
+    ]  # fmt: skip
+    pixels = VisionVariant("mixed", n_tiles=4).pixels()
+    return ids, [pixels[:3], pixels[3:]]

@@ -20,7 +20,14 @@ from transformers import Llama4ForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.vision import encode
 from variants import digest
-from vision_variants import GOLDENS, VISION_VARIANTS, VisionVariant
+from vision_variants import (
+    GOLDENS,
+    MIXED,
+    VISION_VARIANTS,
+    VisionVariant,
+    mixed_prompt,
+    write_mixed,
+)
 
 _MAX_REFERENCE_DIFFERENCE = 1e-4  # standard deviations of the features
 
@@ -52,10 +59,30 @@ def make(variant: VisionVariant) -> None:
     )
 
 
+@torch.no_grad()
+def make_mixed() -> None:
+    """The logits of a prompt of text and images."""
+    ids, images = mixed_prompt()
+    with tempfile.TemporaryDirectory() as name:
+        weights = write_mixed(name)
+        model = Llama4ForConditionalGeneration.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    pixels = torch.from_numpy(np.concatenate(images))
+    output = model(input_ids=torch.tensor([ids]), pixel_values=pixels, use_cache=False)
+    logits = output.logits[0].numpy()
+    np.savez_compressed(
+        MIXED, logits=logits, std=np.float32(logits.std()), digest=np.array(digest(weights))
+    )
+    print(f"mixed prompt         {logits.shape} std {logits.std():.3f}", flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     GOLDENS.mkdir(parents=True, exist_ok=True)
     names = sys.argv[1:]
+    if not names or "mixed" in names:
+        make_mixed()
     for variant in VISION_VARIANTS:
         if not names or variant.name in names:
             make(variant)

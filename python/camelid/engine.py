@@ -27,6 +27,7 @@ from camelid.errors import (
     InvalidRequest,
     Unsupported,
 )
+from camelid.features import Features, join_features
 from camelid.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -272,11 +273,14 @@ class EngineLoop:
         if not turns:
             return
         try:
+            counts = [n for _, n in turns]
+            features = join_features([request.next_features(n) for request, n in turns], counts)
             result = self._core.step(
                 np.array([request.sequence for request, _ in turns], np.int64),
-                np.array([n for _, n in turns], np.int32),
+                np.array(counts, np.int32),
                 np.concatenate([request.next_tokens(n) for request, n in turns], dtype=np.int32),
                 np.array([request.wanted_output(n) for request, n in turns], np.uint8),
+                **_as_arguments(features),
             )
         except Exception as error:
             for request, _ in turns:
@@ -334,6 +338,12 @@ class EngineLoop:
                 self._core.close_sequence(sequence)
             except Exception:
                 logger.exception("sequence %d could not be closed", sequence)
+
+
+def _as_arguments(features: Features | None) -> dict[str, Any]:
+    if features is None:
+        return {}
+    return {"features": features.values, "feature_rows": features.rows}
 
 
 def _as_error(error: BaseException) -> Error:

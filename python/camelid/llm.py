@@ -29,9 +29,17 @@ from camelid.errors import (
     InvalidRequest,
     Unsupported,
 )
+from camelid.features import Features, place_features
 from camelid.loading import find_folder, load
 from camelid.options import LoadOptions, ResolvedSampling, SamplingParams
-from camelid.prompts import Prompt, encode_prompt, is_one_prompt, tile_array, token_array
+from camelid.prompts import (
+    Prompt,
+    encode_prompt,
+    images_of,
+    is_one_prompt,
+    tile_array,
+    token_array,
+)
 from camelid.report import show_bytes
 from camelid.request import (
     Completion,
@@ -188,7 +196,9 @@ class LLM:
         each = _params_for(params, len(many))
         for prompt, wanted, answer in zip(many, each, answers, strict=True):
             ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
-            requests.append(self._generate_request(ids, wanted.resolve(), answer.take))
+            request = self._generate_request(ids, wanted.resolve(), answer.take)
+            request.features = self._features(ids, images_of(prompt))
+            requests.append(request)
         with self._running(requests), _bar(len(many), progress) as bar:
             for _ in many:
                 event = self._loop.wait(done)
@@ -215,7 +225,7 @@ class LLM:
         """
         (wanted,) = _params_for(params, 1)
         ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
-        return self._stream(ids, wanted.resolve(), progress)
+        return self._stream(ids, wanted.resolve(), progress, self._features(ids, images_of(prompt)))
 
     def chat(
         self,
@@ -257,24 +267,29 @@ class LLM:
         return self._stream(*self._chat_prompt(messages, params, tools), progress)
 
     def logits(
-        self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, images: Any = None
+        self,
+        token_ids: Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        images: Sequence[NDArray[np.floating[Any]]] | None = None,
     ) -> NDArray[np.float32]:
         """Return the logits after every token, float32 [n_tokens, vocab_size].
 
-        Nothing is added to the ids: begin them with the BOS id where the model expects it.
+        Nothing is added to the ids: begin them with the BOS id where the model expects it. `images`
+        are tiles as `encode_image` takes them, one array for each image, in the order of their
+        patch tokens.
 
         Raises:
-            InvalidRequest: If there are no ids, or one is outside the vocabulary.
+            InvalidRequest: If there are no ids, one is outside the vocabulary, or images and patch
+                tokens do not match.
             CapacityError: If the result or the KV cache will not fit in memory.
-            Unsupported: If images are given.
+            Unsupported: If images are given to a model without a vision tower.
         """
-        if images is not None:
-            raise Unsupported("[logits] images: not supported by this version. Send text only.")
         ids = token_array(token_ids, self._config.vocab_size)
         self._check_length(len(ids), 0)
         logits = _empty_logits(len(ids), self._config.vocab_size)
         events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         request = LogitsRequest(ids, ResolvedSampling(), events.put, logits=logits)
+        request.features = self._features(ids, images)
         with self._running([request]):
             event = self._loop.wait(events)
         if isinstance(event, Error):
@@ -299,6 +314,24 @@ class LLM:
         """
         return self._loop.encode_image(tile_array(pixel_values, self._config.vision))
 
+    def _features(self, ids: NDArray[np.int32], images: Any) -> Features | None:
+        """Encode the images of a prompt and find the tokens they stand for."""
+        if images is None:
+            return None
+        if self._config.vision is None:
+            raise Unsupported(
+                "[prompt] images: this model has no vision tower. Send text only, or load the "
+                "checkpoint of a Llama4ForConditionalGeneration."
+            )
+        if isinstance(images, (str, bytes, np.ndarray)) or not isinstance(images, Sequence):
+            raise InvalidRequest(
+                f"[prompt] images is {type(images).__name__}, expected a list of arrays [n_tiles, "
+                "channels, side, side], one for each image."
+            )
+        tiles = [tile_array(image, self._config.vision) for image in images]
+        encoded = [self._loop.encode_image(image) for image in tiles]
+        return place_features(ids, encoded, self._config.image_token_index) if encoded else None
+
     def cancel(self) -> None:
         """End all requests under way, in whatever thread; their answers so far are kept."""
         self._loop.cancel_all()
@@ -321,10 +354,16 @@ class LLM:
         self.close()
 
     def _stream(
-        self, ids: NDArray[np.int32], params: ResolvedSampling, progress: bool
+        self,
+        ids: NDArray[np.int32],
+        params: ResolvedSampling,
+        progress: bool,
+        features: Features | None = None,
     ) -> Iterator[Delta]:
         events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
-        return self._deltas(self._generate_request(ids, params, events.put), events, progress)
+        request = self._generate_request(ids, params, events.put)
+        request.features = features
+        return self._deltas(request, events, progress)
 
     def _deltas(
         self, request: Request, events: queue.SimpleQueue[Delta | Error], progress: bool

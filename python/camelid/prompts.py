@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from camelid.config import VisionConfig
     from camelid.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "encode_prompt", "is_one_prompt", "tile_array", "token_array"]
+__all__ = ["Prompt", "encode_prompt", "images_of", "is_one_prompt", "tile_array", "token_array"]
 
-# A text, token ids, or {"prompt_token_ids": ids}.
+# A text, token ids, or {"prompt_token_ids": ids, "images": [tiles of each image, ...]}.
 Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.integer[Any]] | Mapping[str, Any]"
 
 _WANTED = 'text, a list of token ids, or {"prompt_token_ids": [...]}'
@@ -46,7 +46,6 @@ def encode_prompt(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> 
 
     Raises:
         InvalidRequest: If it is empty, of another type, or holds ids that are none.
-        Unsupported: If it comes with images.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -57,13 +56,16 @@ def encode_prompt(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> 
         ids = _encode_text(prompt, tokenizer)
         return token_array(ids, vocab_size)
     if isinstance(prompt, Mapping):
-        if prompt.get("images") is not None:
-            raise Unsupported("[prompt] images: not supported by this version. Send text only.")
         unknown = [key for key in prompt if key not in ("prompt_token_ids", "images")]
         if unknown or "prompt_token_ids" not in prompt:
             raise InvalidRequest(f"[prompt] got keys {list(prompt)!r:.80}, expected {_WANTED}.")
         prompt = prompt["prompt_token_ids"]
     return token_array(prompt, vocab_size)
+
+
+def images_of(prompt: Any) -> Any:
+    """Return what a prompt gives as images, None where it gives none."""
+    return prompt.get("images") if isinstance(prompt, Mapping) else None
 
 
 def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:

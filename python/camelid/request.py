@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from camelid.features import Features
     from camelid.options import ResolvedSampling
     from camelid.tokenizer import Tokenizer
 
@@ -153,6 +154,7 @@ class Request:
     # Most tokens of this request in one step; None: whatever the step has room for.
     step_tokens: int | None = None
     output = 1  # of the last tokens of the prompt: 1 sample, 2 logits of every token
+    features: Features | None = None  # of the prompt's image tokens
 
     def __init__(
         self,
@@ -176,6 +178,12 @@ class Request:
         if self.n_run < len(self.prompt):
             return self.prompt[self.n_run : self.n_run + n_tokens]
         return [self.next_token]
+
+    def next_features(self, n_tokens: int) -> Features | None:
+        """Return the features of the `n_tokens` to run next."""
+        if self.features is None or self.n_run >= len(self.prompt):
+            return None
+        return self.features.part(self.n_run, n_tokens)
 
     def advance(self, n_tokens: int) -> None:
         """Note that a step ran the next `n_tokens`."""

@@ -1,6 +1,17 @@
 #include "model/llama4.h"
 
+#include <cstddef>
+
 namespace camelid {
+
+namespace {
+
+Tensor slice(Tensor x, std::int64_t first_row, std::int64_t n_rows, std::size_t element_bytes) {
+  const auto offset = static_cast<std::size_t>(first_row * x.row_stride) * element_bytes;
+  return {static_cast<std::byte*>(x.data) + offset, n_rows, x.dim, x.row_stride};
+}
+
+}  // namespace
 
 Llama4::Llama4(Backend& backend, const ModelConfig& config, const Weights& weights)
     : backend_(backend), config_(config), weights_(weights) {
@@ -19,7 +30,8 @@ Llama4::Llama4(Backend& backend, const ModelConfig& config, const Weights& weigh
   }
 }
 
-void Llama4::forward(const StepPlan& plan, std::span<const std::int32_t> rows, float* logits) {
+void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> features,
+                     std::span<const std::int32_t> rows, float* logits) {
   const auto n_tokens = static_cast<std::int64_t>(plan.tokens.size());
   const Tensor x = rows_of(hidden_, n_tokens, config_.dim);
   const Tensor h = rows_of(normed_, n_tokens, config_.dim);
@@ -28,6 +40,10 @@ void Llama4::forward(const StepPlan& plan, std::span<const std::int32_t> rows, f
 
   backend_.begin(plan);
   backend_.embed(x, plan.tokens, weights_.embedding());
+  for (const EmbeddingRun& run : features) {
+    backend_.upload_rows(slice(x, run.first_row, run.n_rows, backend_.activation_bytes()),
+                         run.values);
+  }
   for (std::size_t i = 0; i < weights_.layers().size(); ++i) {
     const LayerWeights& layer = weights_.layers()[i];
 

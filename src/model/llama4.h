@@ -10,12 +10,21 @@
 
 namespace camelid {
 
+// Embeddings [n_rows, dim] float32 for rows from first_row on, in the place of their tokens'.
+struct EmbeddingRun {
+  std::int64_t first_row = 0;
+  std::int64_t n_rows = 0;
+  const float* values = nullptr;
+};
+
 class Llama4 {
  public:
   Llama4(Backend& backend, const ModelConfig& config, const Weights& weights);
 
-  // Runs the rows of `plan` and writes float32 logits [rows.size(), vocab_size] of the given rows.
-  void forward(const StepPlan& plan, std::span<const std::int32_t> rows, float* logits);
+  // Runs the rows of `plan`, some of whose embeddings `features` replace, and writes float32 logits
+  // [rows.size(), vocab_size] of the given rows.
+  void forward(const StepPlan& plan, std::span<const EmbeddingRun> features,
+               std::span<const std::int32_t> rows, float* logits);
 
   // Bytes of activations a step of `n_tokens` needs beside the backend's own scratch.
   std::size_t workspace_bytes(std::int64_t n_tokens) const;

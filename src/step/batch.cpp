@@ -7,7 +7,29 @@
 
 namespace camelid {
 
-std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vocab_size) {
+namespace {
+
+void check_features(const StepRequest& request, std::int64_t dim) {
+  const auto n_features = static_cast<std::int64_t>(request.features.size()) / dim;
+  const bool shaped =
+      static_cast<std::int64_t>(request.features.size()) == n_features * dim &&
+      (request.feature_rows.empty() || request.feature_rows.size() == request.tokens.size());
+  if (!shaped) {
+    fail(ErrorCode::kInvalidRequest, "[step] got ", request.features.size(), " values of features ",
+         "and ", request.feature_rows.size(), " rows of them, expected a multiple of ", dim,
+         " and one row for each of ", request.tokens.size(), " tokens.");
+  }
+  for (const std::int32_t row : request.feature_rows) {
+    if (row >= -1 && row < n_features) continue;
+    fail(ErrorCode::kInvalidRequest, "[step] feature row ", row, " is none of ", n_features, ".");
+  }
+}
+
+}  // namespace
+
+std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vocab_size,
+                                     std::int64_t dim) {
+  check_features(request, dim);
   const std::size_t n = request.sequences.size();
   if (n == 0 || request.counts.size() != n || request.outputs.size() != n) {
     fail(ErrorCode::kInvalidRequest, "[step] got ", n, " sequences, ", request.counts.size(),
@@ -27,8 +49,15 @@ std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vo
       fail(ErrorCode::kInvalidRequest, "[step] sequence ", request.sequences[i],
            " is in the step twice.");
     }
-    entries.push_back({request.sequences[i], request.outputs[i],
-                       request.tokens.subspan(first, count), i, nullptr});
+    entries.push_back({request.sequences[i],
+                       request.outputs[i],
+                       request.tokens.subspan(first, count),
+                       i,
+                       nullptr,
+                       {}});
+    if (!request.feature_rows.empty()) {
+      entries.back().feature_rows = request.feature_rows.subspan(first, count);
+    }
     first += count;
   }
   if (first != request.tokens.size()) {

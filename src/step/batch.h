@@ -23,6 +23,10 @@ struct StepRequest {
   std::span<const std::int32_t> counts;     // [n] tokens of each, at least 1
   std::span<const std::int32_t> tokens;     // [sum of counts]
   std::span<const Output> outputs;          // [n]
+  // Embeddings that stand for some of the tokens: features [n_features, dim], and for every token
+  // the row that takes the place of its embedding, -1 where there is none. Both empty: none at all.
+  std::span<const float> features;
+  std::span<const std::int32_t> feature_rows;
 };
 
 struct StepResult {
@@ -34,12 +38,15 @@ struct StepResult {
 struct StepEntry {
   std::int64_t sequence = 0;
   Output output = Output::kNothing;
-  std::span<const std::int32_t> tokens;  // still to run
-  std::size_t index = 0;                 // in the request
-  float* logits = nullptr;               // where the next token's go, for kLogits
+  std::span<const std::int32_t> tokens;        // still to run
+  std::size_t index = 0;                       // in the request
+  float* logits = nullptr;                     // where the next token's go, for kLogits
+  std::span<const std::int32_t> feature_rows;  // of the tokens still to run, or empty
 };
 
-// Checks the arrays against each other and the vocabulary; throws kInvalidRequest.
-std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vocab_size);
+// Checks the arrays against each other, the vocabulary and the width of features; throws
+// kInvalidRequest.
+std::vector<StepEntry> check_request(const StepRequest& request, std::int64_t vocab_size,
+                                     std::int64_t dim);
 
 }  // namespace camelid

@@ -7,7 +7,25 @@
 
 namespace camelid {
 
+namespace {
+
+// Notes that a feature replaces the embedding of `row`; neighbours in both go together.
+void add_feature(std::vector<EmbeddingRun>& runs, std::int64_t row, const float* values,
+                 std::int64_t dim) {
+  if (!runs.empty()) {
+    EmbeddingRun& last = runs.back();
+    if (last.first_row + last.n_rows == row && last.values + last.n_rows * dim == values) {
+      ++last.n_rows;
+      return;
+    }
+  }
+  runs.push_back({row, 1, values});
+}
+
+}  // namespace
+
 StepRunner::Wave StepRunner::next_wave(std::span<const StepEntry> entries,
+                                       std::span<const float> features,
                                        const KvCache& cache) const {
   Wave wave;
   for (const StepEntry& entry : entries) {
@@ -18,6 +36,12 @@ StepRunner::Wave StepRunner::next_wave(std::span<const StepEntry> entries,
       const bool is_last = i + 1 == left;
       if (entry.output == Output::kLogits || (entry.output == Output::kSample && is_last)) {
         wave.rows.push_back(static_cast<std::int32_t>(wave.tokens.size()));
+      }
+      const std::int32_t feature =
+          entry.feature_rows.empty() ? -1 : entry.feature_rows[static_cast<std::size_t>(i)];
+      if (feature >= 0) {
+        add_feature(wave.features, static_cast<std::int64_t>(wave.tokens.size()),
+                    features.data() + feature * config_.dim, config_.dim);
       }
       wave.tokens.push_back(entry.tokens[static_cast<std::size_t>(i)]);
       wave.query_scale.push_back(
@@ -34,7 +58,7 @@ void StepRunner::run_wave(Wave wave, KvCache& cache) {
   plan.query_scale = std::move(wave.query_scale);
   cache.plan(wave.slices, plan);
   logits_.resize(wave.rows.size() * static_cast<std::size_t>(config_.vocab_size));
-  model_.forward(plan, wave.rows, logits_.data());
+  model_.forward(plan, wave.features, wave.rows, logits_.data());
   cache.advance(wave.slices);
 }
 
@@ -56,8 +80,8 @@ StepResult StepRunner::make_result(std::span<StepEntry> entries) const {
   return result;
 }
 
-StepResult StepRunner::run(std::vector<StepEntry> entries, KvCache& cache,
-                           std::map<std::int64_t, Sampler>& samplers) {
+StepResult StepRunner::run(std::vector<StepEntry> entries, std::span<const float> features,
+                           KvCache& cache, std::map<std::int64_t, Sampler>& samplers) {
   std::vector<SequenceSlice> whole;
   for (const StepEntry& entry : entries) {
     whole.push_back({entry.sequence, static_cast<std::int64_t>(entry.tokens.size())});
@@ -67,7 +91,7 @@ StepResult StepRunner::run(std::vector<StepEntry> entries, KvCache& cache,
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   StepResult result = make_result(entries);
   while (!entries.empty()) {
-    Wave wave = next_wave(entries, cache);
+    Wave wave = next_wave(entries, features, cache);
     const std::vector<SequenceSlice> slices = wave.slices;
     run_wave(std::move(wave), cache);
     const float* logits = logits_.data();
@@ -77,6 +101,7 @@ StepResult StepRunner::run(std::vector<StepEntry> entries, KvCache& cache,
       Sampler& sampler = samplers.at(entry.sequence);
       sampler.observe_prompt(entry.tokens.first(n));
       entry.tokens = entry.tokens.subspan(n);
+      if (!entry.feature_rows.empty()) entry.feature_rows = entry.feature_rows.subspan(n);
       if (entry.output == Output::kLogits) {
         entry.logits = std::copy_n(logits, n * vocab, entry.logits);
         logits += n * vocab;

@@ -19,19 +19,22 @@ class StepRunner {
 
   // Runs `entries` to the end, advancing `cache` and the sequences' samplers. Throws kCapacity
   // before anything changes when the pages do not fit.
-  StepResult run(std::vector<StepEntry> entries, KvCache& cache,
+  // `features`: of the request the entries were made from.
+  StepResult run(std::vector<StepEntry> entries, std::span<const float> features, KvCache& cache,
                  std::map<std::int64_t, Sampler>& samplers);
 
  private:
   // The part of a step in which no sequence crosses a chunk boundary, so that each holds the local
   // pages of one chunk only.
   struct Wave {
-    std::vector<SequenceSlice> slices;  // [entries still running]
-    std::vector<std::int32_t> tokens;   // [n_tokens]
-    std::vector<std::int32_t> rows;     // of `tokens`, whose logits are wanted
-    std::vector<float> query_scale;     // [n_tokens]
+    std::vector<SequenceSlice> slices;   // [entries still running]
+    std::vector<std::int32_t> tokens;    // [n_tokens]
+    std::vector<std::int32_t> rows;      // of `tokens`, whose logits are wanted
+    std::vector<float> query_scale;      // [n_tokens]
+    std::vector<EmbeddingRun> features;  // what replaces embeddings
   };
-  Wave next_wave(std::span<const StepEntry> entries, const KvCache& cache) const;
+  Wave next_wave(std::span<const StepEntry> entries, std::span<const float> features,
+                 const KvCache& cache) const;
   void run_wave(Wave wave, KvCache& cache);
   StepResult make_result(std::span<StepEntry> entries) const;
 

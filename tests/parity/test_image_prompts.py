@@ -1,0 +1,140 @@
+"""Prompts with images: logits of transformers, and what they may not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import camelid
+from camelid import LLM, SamplingParams
+from camelid.features import join_features, place_features
+from checkpoints import Weights, write_checkpoint
+from engines import assert_close, assert_same_bits, open_engine, open_greedy
+from variants import digest
+from vision_variants import MIXED, mixed_prompt, write_mixed
+
+TOLERANCE = 2e-3  # standard deviations of the logits
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
+    folder = tmp_path_factory.mktemp("mixed")
+    return folder, write_mixed(folder)
+
+
+@pytest.fixture(scope="module")
+def llm(model: tuple[Path, Weights]) -> Iterator[LLM]:
+    with LLM(model[0], threads=2) as opened:
+        yield opened
+
+
+def test_logits_of_mixed_prompts_are_those_of_transformers(
+    llm: LLM, model: tuple[Path, Weights]
+) -> None:
+    golden = np.load(MIXED)
+    assert digest(model[1]) == str(golden["digest"]), "made with other weights: make it anew"
+    ids, images = mixed_prompt()
+    got = llm.logits(ids, images=images)
+    assert_close(got, golden["logits"], std=float(golden["std"]), tolerance=TOLERANCE)
+    blind = llm.logits(ids)
+    assert np.abs(blind - got).max() > 0.1 * golden["std"]  # the images matter
+
+
+def test_logits_do_not_depend_on_where_an_image_is_cut(
+    llm: LLM, model: tuple[Path, Weights]
+) -> None:
+    ids, images = mixed_prompt()
+    whole = llm.logits(ids, images=images)
+    engine = open_engine(model[0])
+    features = place_features(
+        np.array(ids, np.int32), [engine.encode_image(image) for image in images], 270
+    )
+    for sizes in ([1], [7, 3], [50, 1]):
+        sequence, rows, first, turn = open_greedy(engine), [], 0, 0
+        while first < len(ids):
+            n = min(sizes[turn % len(sizes)], len(ids) - first)
+            part = join_features([features.part(first, n)], [n])
+            result = engine.step(
+                np.array([sequence], np.int64),
+                np.array([n], np.int32),
+                np.array(ids[first : first + n], np.int32),
+                np.array([2], np.uint8),
+                features=None if part is None else part.values,
+                feature_rows=None if part is None else part.rows,
+            )
+            rows.append(result.logits)
+            first, turn = first + n, turn + 1
+        engine.close_sequence(sequence)
+        assert_same_bits(np.concatenate(rows), whole)
+
+
+def test_answers_to_images_are_the_same_alone_and_beside_text(llm: LLM) -> None:
+    ids, images = mixed_prompt()
+    prompt = {"prompt_token_ids": ids, "images": images}
+    other = {"prompt_token_ids": ids, "images": images[::-1]}  # tiles of the two differ in number
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    (alone,) = llm.generate(prompt, params)
+    text = list(range(40))
+    together = llm.generate([text, prompt, ids, text[::-1], prompt], params)
+    assert together[1].token_ids == together[4].token_ids == alone.token_ids
+    streamed = [token for delta in llm.stream(prompt, params) for token in delta.token_ids]
+    assert streamed == alone.token_ids
+    assert llm.generate(other, params)[0].usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        ("no list", "list of arrays"),
+        (np.zeros((1, 3, 56, 56), np.float32), "list of arrays"),
+        ([np.zeros((1, 3, 56, 56), np.float32)], "image tokens"),
+        ([np.zeros((3, 56, 56), np.float32)], r"\[3, 56, 56\]"),
+        ([1], "pixel_values"),
+    ],
+    ids=str,
+)
+def test_images_that_do_not_match_are_refused_by_name(llm: LLM, images: object, says: str) -> None:
+    ids, _ = mixed_prompt()
+    for call in (
+        lambda: llm.logits(ids, images=images),  # type: ignore[arg-type]
+        lambda: llm.generate({"prompt_token_ids": ids, "images": images}),
+        lambda: next(llm.stream({"prompt_token_ids": ids, "images": images})),
+    ):
+        with pytest.raises(camelid.InvalidRequest, match=says):
+            call()
+
+
+def test_the_engine_refuses_feature_rows_that_are_none(model: tuple[Path, Weights]) -> None:
+    engine = open_engine(model[0])
+    sequence = open_greedy(engine)
+    dim = 64
+
+    def step(features: np.ndarray, rows: list[int]) -> None:
+        engine.step(
+            np.array([sequence], np.int64),
+            np.array([3], np.int32),
+            np.array([1, 2, 3], np.int32),
+            np.array([1], np.uint8),
+            features=features.astype(np.float32),
+            feature_rows=np.array(rows, np.int32),
+        )
+
+    for features, rows in (
+        (np.zeros((2, dim)), [0, 1, 2]),
+        (np.zeros((2, dim)), [0, -2, 1]),
+        (np.zeros((2, dim)), [0, 1]),
+        (np.zeros((2, dim + 1)), [0, 1, -1]),
+        (np.zeros((0, dim)), [0, -1, -1]),
+    ):
+        with pytest.raises(camelid.InvalidRequest, match="feature"):
+            step(features, rows)
+    step(np.zeros((2, dim)), [1, -1, 0])
+
+
+def test_a_model_without_a_tower_takes_no_images(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    with LLM(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="images"):
+        llm.logits([1, 2], images=[np.zeros((1, 3, 56, 56), np.float32)])
