@@ -42,8 +42,16 @@ def turns_of(
             yield runs[turn * n_each : (turn + 1) * n_each], mean
 
 
+def turn_medians(record: dict[str, Any], row: str, side: str) -> list[float]:
+    """Return the median of each turn's runs."""
+    return [median(runs) for runs, _ in turns_of(record, row, side)]
+
+
 def ratio(ours: list[float], others: list[float]) -> float | None:
-    """Return how many times as fast: of turns, where each side has as many runs."""
+    """Return how many times as fast: the median of the ratios of turns, by each turn's median.
+
+    Sides that took different numbers of turns are compared by their medians over turns.
+    """
     if not ours or not others:
         return None
     if len(ours) == len(others):
@@ -128,7 +136,8 @@ def _row_lines(record: dict[str, Any], row: str) -> Iterator[list[str]]:
             continue
         ratios = []
         for peer in peers(record):
-            times = ratio(runs, runs_of(record, row, peer)) if side in ours(record) else None
+            mine, theirs = (turn_medians(record, row, name) for name in (side, peer))
+            times = ratio(mine, theirs) if side in ours(record) else None
             ratios.append("" if times is None else f"{times:.2f}")
         limit = of_limit(record, row, side)
         bound = [f"{limit[0]:.0%}", limit[1]] if limit else ["", ""]

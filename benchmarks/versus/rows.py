@@ -37,11 +37,10 @@ class Row:
 
 def all_rows(n_runs: int) -> dict[str, Row]:
     """Return every row by key; `n_runs` of each, fewer of those that take minutes."""
-    half = -(-n_runs // 2)
     rows = (
         Row("pp512", 512, 0, n_turns=n_runs),
         Row("tg64", 0, 64, n_turns=n_runs),
-        Row("d4096", 0, 64, depth=4096, n_turns=2, n_repeats=half),
+        Row("d4096", 0, 64, depth=4096, n_turns=n_runs),
         # Reading 32768 tokens takes minutes: one turn, all runs behind one reading.
         Row("d32768", 0, 64, depth=32768, n_turns=1, n_repeats=n_runs),
         # At 32768 local layers begin a chunk and hold nothing, which favours whoever drops the old

@@ -218,7 +218,7 @@ class LoadOptions:
             head=_choice("head", head, ("auto", "stored", "int8")),
             max_context=None if max_context is None else parse_count("max_context", max_context),
             memory=None if memory is None else parse_size("memory", memory),
-            threads=_integer("threads", threads, 1, 4096),
+            threads=_integer("threads", threads, 1, 1024),
         )
 
 
@@ -230,10 +230,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 def parse_count(name: str, value: int | str) -> int:
     """Return a positive number of tokens from 4096, "4096", "32K" (32,768) or "32k" (32,000)."""
-    wanted = 'a positive number of tokens such as 32768 or "32K"'
+    wanted = 'a positive number of tokens, 2^40 at most, such as 32768 or "32K"'
     if isinstance(value, str):
         match = _COUNT.fullmatch(value.strip())
-        if match is None or len(value) > 40:
+        if match is None or len(value) > 40 or ("." in match[1] and not match[2]):
             raise _wrong(name, value, wanted)
         value = _scaled(match[1], _COUNT_UNITS[match[2]])
     number = _whole(value)

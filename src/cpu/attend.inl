@@ -1,5 +1,5 @@
-// Attention by the type of the cache. Included inside the anonymous namespace of each isa_*.cpp that
-// supplies all types, after attention.inl.
+// Attention by the type of the cache. Included inside the anonymous namespace of each isa_*.cpp
+// that supplies all types, after attention.inl.
 
 void attend(const AttendTask& task, float* scratch) {
   if (task.pages->type == KvType::kF32) {

@@ -236,8 +236,8 @@ inline void store_result(const AttendTask& task, std::int64_t kv_head, const Sum
   }
 }
 
-// Keys of one piece, strip by strip. scratch: the queries. `last_key`: where the task's keys end, up
-// to which strips of the next piece are fetched.
+// Keys of one piece, strip by strip. scratch: the queries. `last_key`: where the task's keys end,
+// up to which strips of the next piece are fetched.
 template <class T>
 void attend_piece(const AttendTask& task, const HeadSums& sums, std::int64_t piece,
                   std::int64_t last_key, float* scratch) {

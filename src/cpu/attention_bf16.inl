@@ -19,7 +19,8 @@ inline __m256bh round_in_place(float* row, std::int64_t i, __m512 x) {
   return rounded;
 }
 
-// 2^x within 3e-6 of it, a thousandth of what rounding to bf16 adds; exactly 1 at 0, +0 at -infinity.
+// 2^x within 3e-6 of it, a thousandth of what rounding to bf16 adds; exactly 1 at 0, +0 at
+// -infinity.
 // x = n + r, n = floor(x), polynomial of r fitted to the least relative error on [0, 1).
 inline __m512 exp2(__m512 x) {
   const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

@@ -161,7 +161,9 @@ void weigh(Tile& tile, const Strip<std::uint8_t>& strip, float* maxima, float* t
       FourIntegers::store(integers, kStripKeys, k, Vec::zero());
     }
     totals[m] = totals[m] * tile.corrections[m] + sum(total);
-    out.biases[m] = -128 * static_cast<std::int32_t>(sum(bias));  // exact: below 2^24
+    // Exact: below 2^24. NaN, which no integer is, has made the total NaN already.
+    const float of_row = sum(bias);
+    out.biases[m] = of_row == of_row ? -128 * static_cast<std::int32_t>(of_row) : 0;
   }
 }
 

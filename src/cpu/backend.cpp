@@ -21,6 +21,9 @@ namespace {
 constexpr std::int64_t kAttendQueries = 128;
 // Attention tasks per thread.
 constexpr std::int64_t kAttendTasksPerThread = 8;
+// Sums of pieces that wait to be merged, at most: many threads and long contexts would take
+// gigabytes. Tasks beyond it keep their keys to themselves.
+constexpr std::size_t kMostPartialFloats = std::size_t{8} << 20;
 // Queries of a key up to which reading it takes longer than multiplying by it.
 constexpr std::int64_t kFewQueries = 32;
 // Values of one task of a row-wise operation; less than this is not worth waking a thread for.
@@ -212,9 +215,9 @@ void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& laye
   }
 }
 
-// Cuts tasks of all heads and keys until there are enough to keep all threads busy. Many queries are
-// bound by arithmetic: by heads first, so that each key is used while it is in the cache. Few are
-// bound by memory, which is read best in long runs: by keys first.
+// Cuts tasks of all heads and keys until there are enough to keep all threads busy. Many queries
+// are bound by arithmetic: by heads first, so that each key is used while it is in the cache. Few
+// are bound by memory, which is read best in long runs: by keys first.
 void CpuBackend::cut_attention() {
   const auto n_tasks = static_cast<std::int64_t>(attend_tasks_.size());
   const std::int64_t wanted =
@@ -231,8 +234,9 @@ void CpuBackend::cut_attention() {
       const std::int64_t runs = std::min(parts, task.n_pieces);
       cut = {std::min(ceil_div(parts, runs), n_kv_heads), runs};
     }
-    cuts_.push_back(cut);
+    if (cut.runs > 1 && n_floats + partial_floats(task) > kMostPartialFloats) cut.runs = 1;
     if (cut.runs > 1) n_floats += partial_floats(task);
+    cuts_.push_back(cut);
   }
   float* partials = partials_.at_least(n_floats);
   pieces_.clear();

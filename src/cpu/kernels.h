@@ -95,7 +95,7 @@ struct PackRows {
 };
 
 struct Kernels {
-  const char* name;  // "scalar", "avx2", "avx512"
+  const char* name;  // dispatch.cpp has them all
   std::size_t (*matmul_scratch_floats)(const Segment& w, std::int64_t n_rows);
   void (*matmul)(const MatmulTask& task, std::int64_t first_panel, std::int64_t last_panel,
                  float* scratch);
@@ -139,7 +139,7 @@ struct Kernels {
 
 // dispatch.cpp: the best table this machine runs, or the one CAMELID_CPU_ISA names.
 const Kernels& select_kernels();
-// The table called `name` (scalar | avx2 | avx512). Throws kUnsupported, naming the choices, when
+// The table called `name`. Throws kUnsupported, naming the choices, when
 // there is none or this machine cannot run it.
 const Kernels& kernels_by_name(std::string_view name);
 // The names this machine can run, best first.

@@ -1,5 +1,5 @@
-// What rows and attention do with one vector: load a part of one, e^x. Included inside the anonymous
-// namespace of each isa_*.cpp after panels.inl.
+// What rows and attention do with one vector: load a part of one, e^x. Included inside the
+// anonymous namespace of each isa_*.cpp after panels.inl.
 
 // Lanes [0, n) of p, the rest zero. Reads nothing past p[n - 1].
 inline Vec load_first(const float* p, std::int64_t n) {

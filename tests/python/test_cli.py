@@ -188,9 +188,17 @@ def test_bench_names_rows_as_llama_bench_does(folder: str, capsys: Any) -> None:
     assert all(min(row["tokens_per_second"]) > 0 for row in record["rows"])
     assert main(["bench", folder, "-p", "4", "-n", "2", "-r", "1", "-t", "1", *CPU[:2]]) == 0
     assert "tg2" in capsys.readouterr().out
-    for wrong in (["-r", "0"], ["-p", "x"], ["-b", "0"], ["-d", "99999999999"]):
+    wrongs = (
+        ["-r", "0"], ["-p", "x"], ["-p", "1.5"], ["-b", "0"], ["-b", "0", "-n", "0"],
+        ["-p", "0", "-n", "0"], ["--max-context", "16"], ["-d", "99999999999"],
+        ["-d", "99999999999999999999"],
+    )  # fmt: skip
+    for wrong in wrongs:
         assert main(["bench", folder, *wrong, *CPU]) == 1
         assert wrong[0] in capsys.readouterr().err
+    twice = ["-p", "0", "-n", "2", "-d", "0,0", "-r", "1", "--json"]
+    assert main(["bench", folder, *twice, *CPU]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 1
 
 
 def test_bench_reads_a_long_depth_once() -> None:

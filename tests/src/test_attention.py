@@ -123,7 +123,7 @@ def reference(layer: Layer, qkv: np.ndarray, isa: str = "") -> tuple[np.ndarray,
     rounds keys and values as they do. So it does for int8, whose scores and weights are integers
     up to 32639: half a unit of each query element, and of each weight beside the largest of its
     strip, which is no more than the sum of all. Rounding to bf16 changes an element of a query or a
-    weight by 2^-9 of it.
+    weight by 2^-8 of it at most.
     """
     q, k, v = (x.astype(np.float64) for x in layer.split(qkv))
     group = layer.n_heads // layer.n_kv_heads
@@ -144,8 +144,8 @@ def reference(layer: Layer, qkv: np.ndarray, isa: str = "") -> tuple[np.ndarray,
         of_weights = len(qkv) / 32639 / 2
         error = error + (2 * of_scores + of_weights) * np.abs(v).max()
     elif layer.type == "bf16" and isa in FAST:
-        of_scores = 2.0**-9 * magnitudes.max(axis=2).T
-        error = error + (2 * of_scores + 2 * 2.0**-9) * np.abs(v).max()
+        of_scores = 2.0**-8 * magnitudes.max(axis=2).T
+        error = error + (2 * of_scores + 2 * 2.0**-8) * np.abs(v).max()
     y = np.einsum("hqk,khd->qhd", weights, v)
     return y.reshape(len(qkv), -1), np.repeat(error, layer.head_dim, axis=1)
 

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     numbers = [_numbers(flag, text) for flag, text in flags.items()]
     what = cases(*numbers)
     wanted = LoadOptions.parse(**load_options(options))
+    _check_cases(what, numbers[3], options.repeats + 1, wanted.max_context)
     with Checkpoint.open(find_folder(options.model)) as checkpoint:
         loaded = load(checkpoint, wanted, max_step_tokens=512, progress=shows_progress())
     _check_fit(loaded.core, what, options.repeats + 1)
@@ -86,15 +87,31 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _numbers(flag: str, text: str) -> list[int]:
+    """Read a list of numbers, each once."""
     values = [item.strip() for item in text.split(",")]
-    return [0 if value == "0" else parse_count(flag, value) for value in values]
+    numbers = [0 if value == "0" else parse_count(flag, value) for value in values]
+    return list(dict.fromkeys(numbers))
+
+
+def _check_cases(
+    what: list[Case], batches: list[int], n_runs: int, max_context: int | None
+) -> None:
+    """Refuse what cannot be measured before a model is loaded for it."""
+    if 0 in batches:
+        raise InvalidRequest("[bench] -b holds a 0, expected at least one sequence.")
+    if not what:
+        raise InvalidRequest("[bench] -p and -n are both 0: there is nothing to measure.")
+    for case in what:
+        if max_context is not None and case.n_context(n_runs) > max_context:
+            raise InvalidRequest(
+                f"[bench] {case.name} takes {case.n_context(n_runs)} tokens of context, "
+                f"--max-context allows {max_context}."
+            )
 
 
 def _check_fit(core: Any, what: list[Case], n_runs: int) -> None:
     limit = core.memory()["kv_limit_bytes"]
     for case in what:
-        if case.n_batch < 1:
-            raise InvalidRequest("[bench] -b holds a 0, expected at least one sequence.")
         needed = core.kv_bytes_for(case.n_context(n_runs)) * case.n_batch
         if needed > limit:
             raise InvalidRequest(
