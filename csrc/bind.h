@@ -6,6 +6,7 @@
 namespace camelid {
 
 void bind_engine(pybind11::module_& m);
+void bind_images(pybind11::module_& m);
 void bind_testing(pybind11::module_& m);  // submodule `testing`: single operations
 void bind_sampler_testing(pybind11::module_& testing);
 void bind_model_testing(pybind11::module_& testing);

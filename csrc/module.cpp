@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = CAMELID_VERSION;
   camelid::register_errors();
   camelid::bind_engine(m);
+  camelid::bind_images(m);
   py::module_ testing = m.def_submodule("testing", "Single operations, for tests only.");
   camelid::bind_testing(testing);
   camelid::bind_sampler_testing(testing);

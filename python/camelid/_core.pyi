@@ -90,6 +90,9 @@ def quantize(
 ) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
     """Words int32 [out, ceil(in / (32 / bits))] and scales bf16 bits [out, n_groups]."""
 
+def resize_image(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Fill `out` with `pixels`, both [height, width, 3]; rows may lie apart in either."""
+
 def available_memory() -> int:
     """Bytes this process may still take: the machine's or its cgroup's, whichever is less."""
 

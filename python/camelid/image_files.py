@@ -1,0 +1,224 @@
+"""Opens images that strangers send: bytes, files and data URLs, decoded by Pillow to RGB.
+
+Owns the limits on bytes and pixels, the orientation in which a photo is seen and the white behind
+transparency. Must never resize, and never open a network connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from camelid.errors import CapacityError, Error, InvalidRequest, Unsupported
+from camelid.json_file import shorten
+
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SIDE", "load_image", "rgb_pixels"]
+
+MAX_BYTES = 64 << 20  # 20 times a 12-megapixel photo, as a file or decoded from a data URL
+# Where Pillow begins to warn of decompression bombs: 4 bytes each, then 3 more as an array.
+MAX_PIXELS = 89_478_485
+MAX_SIDE = 65_535  # pixels: what JPEG can name
+
+# Formats of photos and screenshots. Not the others Pillow knows: EPS starts another program.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_MAX_URL_HEADER = 256  # characters before the comma of a data URL; a media type and "base64"
+_DAMAGED = "It is truncated or damaged; send it again."
+_BAND_PIXELS = 1 << 20  # pixels converted at once, so that a mode's copies stay small
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+
+
+def load_image(
+    source: Image.Image | bytes | str | os.PathLike[str], *, allow_files: bool = True
+) -> Image.Image:
+    """Decode an image; of an animation, its first frame.
+
+    Args:
+        source: An open image, the bytes of an image file, a `data:` URL, or a local path.
+        allow_files: Whether a path may be given. Servers pass False: a client's path would read
+            the server's files.
+
+    Raises:
+        InvalidRequest: If it is none of these, damaged, or beyond `MAX_BYTES`, `MAX_PIXELS` or
+            `MAX_SIDE`.
+        Unsupported: If it is an http(s) or other URL.
+    """
+    if isinstance(source, Image.Image):
+        _decode(source, "the image")
+        return source
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode_bytes(bytes(source), "the image")
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return _decode_bytes(_read_data_url(source), "the data URL's image")
+        scheme = source[:32].partition("://")
+        if scheme[1]:
+            raise Unsupported(
+                f"[image] {scheme[0]!r} URLs are not fetched: this process would open connections "
+                "that a prompt chose. Download the image, and send its bytes or a data: URL."
+            )
+    if not isinstance(source, str | os.PathLike):
+        raise InvalidRequest(
+            f"[image] the source is {type(source).__name__}, expected a Pillow image, the bytes of "
+            "a file, a data: URL or a path."
+        )
+    if not allow_files:
+        raise Unsupported(
+            f"[image] {shorten(os.fspath(source))} is no data: URL, and local paths are not "
+            "allowed here. Send a data: URL."
+        )
+    return _decode_bytes(_read_file(source), shorten(os.fspath(source)))
+
+
+def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an image as uint8 [height, width, 3]: upright, transparency laid onto white.
+
+    Raises:
+        InvalidRequest: If it cannot be decoded, or is too large.
+    """
+    _decode(image, "the image")
+    with _pillow("the image", f"Its mode is {image.mode!r}; convert it to RGB yourself."):
+        image = _upright(image)
+        if image.mode == "RGB" and image.info.get("transparency") is None:
+            return np.asarray(image)
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        n_rows = max(1, _BAND_PIXELS // image.width)
+        for top in range(0, image.height, n_rows):
+            bottom = min(top + n_rows, image.height)
+            pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, image.width, bottom))))
+        return pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert as transformers' convert_to_rgb does; plain convert("RGB") gives other pixels."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow documents none; without its notes a picture is still a picture
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _decode_bytes(data: bytes, where: str) -> Image.Image:
+    if len(data) > MAX_BYTES:
+        raise _too_many_bytes(where, len(data))
+    Image.init()
+    with _pillow(where):
+        # Image.open looks formats up without asking whether this Pillow was built with them.
+        formats = [name for name in _FORMATS if name in Image.OPEN]
+        image = Image.open(io.BytesIO(data), formats=formats)
+    _decode(image, where)
+    return image
+
+
+def _decode(image: Image.Image, where: str) -> None:
+    """Check the size that the header claims, then read the pixels."""
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise InvalidRequest(f"[image] {where} has {width} x {height} pixels, expected some.")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise _too_large(where, f"{width} x {height}")
+    with _pillow(where):
+        image.load()
+
+
+@contextmanager
+def _pillow(where: str, advice: str = _DAMAGED) -> Iterator[None]:
+    """Turn whatever Pillow raises into an Error: what damage may raise is not documented."""
+    try:
+        yield
+    except Error:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(where, f"more than {Image.MAX_IMAGE_PIXELS}") from None
+    except UnidentifiedImageError:
+        raise InvalidRequest(
+            f"[image] {where} is in no format that is read here, or damaged at its beginning, "
+            f"expected {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}."
+        ) from None
+    except MemoryError as cause:
+        raise CapacityError(
+            f"[image] {where} does not fit into memory. Send a smaller one."
+        ) from cause
+    except Exception as cause:
+        raise InvalidRequest(
+            f"[image] {where} cannot be decoded: {shorten(cause)}. {advice}"
+        ) from cause
+
+
+def _too_large(where: str, pixels: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"[image] {where} has {pixels} pixels, expected at most {MAX_PIXELS} in all and {MAX_SIDE} "
+        "a side. Send a smaller one: the model sees 2 million pixels at most."
+    )
+
+
+def _too_many_bytes(where: str, n_bytes: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"[image] {where} has {n_bytes} bytes, expected at most {MAX_BYTES}. Send a smaller one."
+    )
+
+
+def _read_data_url(url: str) -> bytes:
+    header, comma, payload = url[: _MAX_URL_HEADER + 1].partition(",")
+    if not comma:
+        raise InvalidRequest(
+            f"[image] the data URL begins {shorten(header, 40)} and has no comma within "
+            f"{_MAX_URL_HEADER} characters, expected data:image/png;base64,..."
+        )
+    # The media type does not matter: the bytes themselves say what they are.
+    if not header.lower().replace(" ", "").endswith(";base64"):
+        raise Unsupported(
+            f"[image] the data URL begins {shorten(header)}, only ;base64 is supported."
+        )
+    if (n_bytes := (len(url) - len(header)) // 4 * 3) > MAX_BYTES + 3:  # before it costs anything
+        raise _too_many_bytes("the data URL's image", n_bytes)
+    payload = url[len(header) + 1 :]
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as cause:
+        raise InvalidRequest(
+            f"[image] the data URL is not base64: {shorten(cause)}. Encode the file again."
+        ) from None
+
+
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    where = shorten(os.fspath(path))
+    try:
+        info = os.stat(path)  # before open(): opening a pipe would wait for a writer
+        if not stat.S_ISREG(info.st_mode):
+            raise InvalidRequest(f"[image] {where} is not a regular file.")
+        if info.st_size > MAX_BYTES:
+            raise _too_many_bytes(where, info.st_size)
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as cause:
+        if isinstance(cause, Error):
+            raise
+        raise InvalidRequest(
+            f"[image] cannot read {where}: {shorten(cause)}. Give a path, bytes or a data: URL."
+        ) from cause

@@ -1,0 +1,106 @@
+"""Images from bytes, paths and data URLs; orientation and transparency; what is not opened."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from camelid.errors import InvalidRequest, Unsupported
+from camelid.image_files import load_image, rgb_pixels
+from image_cases import ORIENTATION
+
+
+def picture() -> Image.Image:
+    values = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def data_url(data: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
+    expected = np.asarray(picture())
+    data = encoded(picture())
+    path = tmp_path / "ein Bild.png"
+    path.write_bytes(data)
+    url = data_url(data)
+    sources = [picture(), data, bytearray(data), memoryview(data), path, str(path), url,
+               url.replace("data:", "DATA:"), data_url(data, "application/octet-stream"),
+               url[:60] + "\r\n" + url[60:]]  # fmt: skip
+    for source in sources:
+        np.testing.assert_array_equal(rgb_pixels(load_image(source)), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats_without_loss(kind: str) -> None:
+    image = Image.new("RGB", (40, 30), (255, 0, 0))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = rgb_pixels(load_image(encoded(image, kind, **options)))
+    np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_jpeg_of_a_camera_is_turned_upright() -> None:
+    image = Image.new("L", (64, 32), 0)
+    image.paste(255, (0, 0, 32, 32))  # left half white
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # the camera was held a quarter turn: its left is up
+    pixels = rgb_pixels(load_image(encoded(image, "JPEG", exif=exif.tobytes())))
+    assert pixels.shape == (64, 32, 3)
+    assert pixels[:28].min() > 200
+    assert pixels[36:].max() < 50
+
+
+def test_damaged_exif_leaves_the_picture() -> None:
+    for exif in [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"\0" * 40]:
+        image = picture()
+        image.info["exif"] = exif
+        np.testing.assert_array_equal(rgb_pixels(image), np.asarray(picture()))
+
+
+def test_transparency_lies_on_white_in_every_band() -> None:
+    image = Image.new("RGBA", (3000, 1000), (0, 0, 0, 0))
+    image.paste((10, 20, 30, 255), (0, 500, 3000, 1000))
+    pixels = rgb_pixels(image)
+    assert (pixels[:500] == 255).all()
+    assert (pixels[500:] == (10, 20, 30)).all()
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert tuple(rgb_pixels(load_image(data))[0, 0]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("url", ["http://a/b.png", "https://a/b.png", "HTTPS://a", "file:///b.png"])
+def test_urls_are_not_fetched(url: str) -> None:
+    with pytest.raises(Unsupported, match=r"URLs are not fetched.*data: URL"):
+        load_image(url)
+
+
+def test_paths_can_be_forbidden(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(picture()))
+    for source in (path, str(path)):
+        with pytest.raises(Unsupported, match=r"a\.png'? is no data: URL, and local paths are not"):
+            load_image(source, allow_files=False)
+    assert load_image(data_url(path.read_bytes()), allow_files=False).size == (6, 4)
+
+
+def test_other_objects_are_refused() -> None:
+    for source in (None, 3, [1], np.zeros((3, 3))):
+        with pytest.raises(InvalidRequest, match="expected a Pillow image, the bytes"):
+            load_image(source)  # type: ignore[arg-type]
