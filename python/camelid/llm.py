@@ -27,9 +27,9 @@ from camelid.errors import (
     CapacityError,
     Error,
     InvalidRequest,
-    Unsupported,
 )
 from camelid.features import Features, place_features
+from camelid.image_inputs import ImageInputs, tile_array
 from camelid.loading import find_folder, load
 from camelid.options import LoadOptions, ResolvedSampling, SamplingParams
 from camelid.prompts import (
@@ -37,7 +37,6 @@ from camelid.prompts import (
     encode_prompt,
     images_of,
     is_one_prompt,
-    tile_array,
     token_array,
 )
 from camelid.report import show_bytes
@@ -270,13 +269,13 @@ class LLM:
         self,
         token_ids: Sequence[int] | NDArray[np.integer[Any]],
         *,
-        images: Sequence[NDArray[np.floating[Any]]] | None = None,
+        images: Sequence[Any] | None = None,
     ) -> NDArray[np.float32]:
         """Return the logits after every token, float32 [n_tokens, vocab_size].
 
         Nothing is added to the ids: begin them with the BOS id where the model expects it. `images`
-        are tiles as `encode_image` takes them, one array for each image, in the order of their
-        patch tokens.
+        are Pillow images, or tiles as `encode_image` takes them, in the order of their patch
+        tokens.
 
         Raises:
             InvalidRequest: If there are no ids, one is outside the vocabulary, or images and patch
@@ -318,17 +317,7 @@ class LLM:
         """Encode the images of a prompt and find the tokens they stand for."""
         if images is None:
             return None
-        if self._config.vision is None:
-            raise Unsupported(
-                "[prompt] images: this model has no vision tower. Send text only, or load the "
-                "checkpoint of a Llama4ForConditionalGeneration."
-            )
-        if isinstance(images, (str, bytes, np.ndarray)) or not isinstance(images, Sequence):
-            raise InvalidRequest(
-                f"[prompt] images is {type(images).__name__}, expected a list of arrays [n_tiles, "
-                "channels, side, side], one for each image."
-            )
-        tiles = [tile_array(image, self._config.vision) for image in images]
+        tiles = ImageInputs(self._folder, self._config.vision).read(images)
         encoded = [self._loop.encode_image(image) for image in tiles]
         return place_features(ids, encoded, self._config.image_token_index) if encoded else None
 

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from camelid.errors import InvalidRequest, Unsupported
+from camelid.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from camelid.config import VisionConfig
     from camelid.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "encode_prompt", "images_of", "is_one_prompt", "tile_array", "token_array"]
+__all__ = ["Prompt", "encode_prompt", "images_of", "is_one_prompt", "token_array"]
 
 # A text, token ids, or {"prompt_token_ids": ids, "images": [tiles of each image, ...]}.
 Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.integer[Any]] | Mapping[str, Any]"
@@ -124,34 +123,3 @@ def _integers(ids: Sequence[Any]) -> NDArray[np.int64]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def tile_array(pixels: Any, vision: VisionConfig | None) -> NDArray[np.float32]:
-    """Return tiles [n_tiles, channels, side, side] as contiguous float32, checked.
-
-    Raises:
-        InvalidRequest: If the shape, the type or a value is not what the vision tower takes.
-        Unsupported: If there is none.
-    """
-    if vision is None:
-        raise Unsupported(
-            "[vision] this model has no vision tower: its config.json names none. Load the "
-            "checkpoint of a Llama4ForConditionalGeneration."
-        )
-    side = vision.image_size
-    wanted = f"float32 [n_tiles, {vision.n_channels}, {side}, {side}]"
-    try:
-        array = np.asarray(pixels)
-    except (ValueError, TypeError) as error:
-        raise InvalidRequest(f"[vision] pixel_values: {error}; expected {wanted}.") from None
-    if array.ndim != 4 or array.shape[1:] != (vision.n_channels, side, side) or not len(array):
-        raise InvalidRequest(
-            f"[vision] pixel_values is {list(array.shape)}, expected {wanted}, one tile or more."
-        )
-    if not np.issubdtype(array.dtype, np.floating):
-        raise InvalidRequest(
-            f"[vision] pixel_values is {array.dtype}, expected {wanted} with values from -1 to 1."
-        )
-    if not np.isfinite(array).all():
-        raise InvalidRequest("[vision] pixel_values holds values that are not finite.")
-    return np.ascontiguousarray(array, np.float32)

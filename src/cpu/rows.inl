@@ -1,6 +1,6 @@
-// What one row needs besides matrix products: norms, SiLU and GELU, int8 activations, and finishing a row
-// of q, k, v (RoPE, QK norm, query scale) on its way to a KV page. Included inside the anonymous
-// namespace of each isa_*.cpp after vectors.inl; must never know of threads, nor call an
+// What one row needs besides matrix products: norms, SiLU and GELU, int8 activations, and finishing
+// a row of q, k, v (RoPE, QK norm, query scale) on its way to a KV page. Included inside the
+// anonymous namespace of each isa_*.cpp after vectors.inl; must never know of threads, nor call an
 // inline function of std (the linker could keep the copy compiled for the wider instruction set).
 
 // 1 / sqrt(mean(x^2) + eps) over n values. Four interleaved sums hide the latency of addition;

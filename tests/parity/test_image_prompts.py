@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import camelid
 from camelid import LLM, SamplingParams
 from camelid.features import join_features, place_features
+from camelid.images import tile
 from checkpoints import Weights, write_checkpoint
 from engines import assert_close, assert_same_bits, open_engine, open_greedy
 from variants import digest
@@ -88,8 +91,8 @@ def test_answers_to_images_are_the_same_alone_and_beside_text(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("images", "says"),
     [
-        ("no list", "list of arrays"),
-        (np.zeros((1, 3, 56, 56), np.float32), "list of arrays"),
+        ("no list", "list of Pillow images"),
+        (np.zeros((1, 3, 56, 56), np.float32), "list of Pillow images"),
         ([np.zeros((1, 3, 56, 56), np.float32)], "image tokens"),
         ([np.zeros((3, 56, 56), np.float32)], r"\[3, 56, 56\]"),
         ([1], "pixel_values"),
@@ -138,3 +141,27 @@ def test_a_model_without_a_tower_takes_no_images(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     with LLM(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="images"):
         llm.logits([1, 2], images=[np.zeros((1, 3, 56, 56), np.float32)])
+
+
+def test_pillow_images_are_cut_by_the_folder_that_says_how(
+    model: tuple[Path, Weights], llm: LLM
+) -> None:
+    image = Image.fromarray(
+        np.arange(40 * 70 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 70, 3)
+    )
+    path = model[0] / "preprocessor_config.json"
+    with pytest.raises(camelid.CheckpointError, match=r"preprocessor_config\.json"):
+        llm.logits([1, 2], images=[image])
+    settings = {"size": {"height": 56, "width": 56}, "max_patches": 4}
+    try:
+        path.write_text(json.dumps(settings))
+        tiles, grid = tile(image, settings)
+        assert grid == (1, 2)
+        ids = [1, 2] + [270] * (4 * len(tiles)) + [3]
+        wanted = llm.logits(ids, images=[tiles])
+        assert_same_bits(llm.logits(ids, images=[image]), wanted)
+        path.write_text(json.dumps({"size": {"height": 28, "width": 28}}))
+        with pytest.raises(camelid.CheckpointError, match="28 pixels"):
+            llm.logits(ids, images=[image])
+    finally:
+        path.unlink()

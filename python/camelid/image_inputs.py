@@ -1,0 +1,100 @@
+"""From what callers pass as images to the tiles the vision tower takes, with every mistake named.
+
+Must never know the engine, prompts or files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camelid.errors import CheckpointError, InvalidRequest, Unsupported
+
+if TYPE_CHECKING:
+    from camelid.config import VisionConfig
+
+__all__ = ["ImageInputs", "tile_array"]
+
+_WANTED = "Pillow images, or float arrays [n_tiles, channels, side, side]"
+
+
+class ImageInputs:
+    """Reads the images of prompts for one model."""
+
+    def __init__(self, folder: Path, vision: VisionConfig | None) -> None:
+        self._folder = folder
+        self._vision = vision
+
+    def read(self, images: Any) -> list[NDArray[np.float32]]:
+        """Return the tiles of each image, the overview last.
+
+        Raises:
+            InvalidRequest: If `images` is no list of images, or one is damaged or of wrong shape.
+            CheckpointError: If the folder's image configuration does not fit its vision tower.
+            Unsupported: If the model has no vision tower.
+        """
+        if self._vision is None:
+            raise Unsupported(
+                "[prompt] images: this model has no vision tower. Send text only, or load the "
+                "checkpoint of a Llama4ForConditionalGeneration."
+            )
+        if isinstance(images, (str, bytes, np.ndarray)) or not isinstance(images, Sequence):
+            raise InvalidRequest(
+                f"[prompt] images is {type(images).__name__}, expected a list of {_WANTED}."
+            )
+        return [self._tiles(image, self._vision) for image in images]
+
+    def _tiles(self, image: Any, vision: VisionConfig) -> NDArray[np.float32]:
+        if not _is_pillow(image):
+            return tile_array(image, vision)
+        from camelid.images import ImageConfig, tile
+
+        config = ImageConfig.from_folder(self._folder)
+        if config.tile_side != vision.image_size or vision.n_channels != 3:
+            raise CheckpointError(
+                f"[config] {self._folder}: preprocessor_config.json makes tiles of 3 channels and "
+                f"{config.tile_side} pixels, the vision tower takes {vision.n_channels} and "
+                f"{vision.image_size}. Download both files again."
+            )
+        return tile(image, config)[0]
+
+
+def _is_pillow(image: Any) -> bool:
+    module = sys.modules.get("PIL.Image")  # who has such an image has imported this
+    return module is not None and isinstance(image, module.Image)
+
+
+def tile_array(pixels: Any, vision: VisionConfig | None) -> NDArray[np.float32]:
+    """Return tiles [n_tiles, channels, side, side] as contiguous float32, checked.
+
+    Raises:
+        InvalidRequest: If the shape, the type or a value is not what the vision tower takes.
+        Unsupported: If there is none.
+    """
+    if vision is None:
+        raise Unsupported(
+            "[vision] this model has no vision tower: its config.json names none. Load the "
+            "checkpoint of a Llama4ForConditionalGeneration."
+        )
+    side = vision.image_size
+    wanted = f"float32 [n_tiles, {vision.n_channels}, {side}, {side}]"
+    try:
+        array = np.asarray(pixels)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"[vision] pixel_values: {error}; expected {wanted}.") from None
+    if array.ndim != 4 or array.shape[1:] != (vision.n_channels, side, side) or not len(array):
+        raise InvalidRequest(
+            f"[vision] pixel_values is {list(array.shape)}, expected {wanted}, one tile or more."
+        )
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InvalidRequest(
+            f"[vision] pixel_values is {array.dtype}, expected {wanted} with values from -1 to 1."
+        )
+    if not np.isfinite(array).all():
+        raise InvalidRequest("[vision] pixel_values holds values that are not finite.")
+    return np.ascontiguousarray(array, np.float32)
