@@ -109,33 +109,42 @@ void score(Tile& tile, const QueryBlock& block, const Strip<std::uint8_t>& strip
   }
 }
 
-// The largest of the first n scales, n at least 1; NaN when one of them is (integer_scale).
-inline float largest_scale(const float* scales, std::int64_t n) {
+// Softmax weights of one query times the scales of the values, in the place of its scores. Returns
+// the largest of them, NaN when one is not finite; adds the weights to `total`.
+inline float scale_weights(Tile& tile, int m, const Strip<std::uint8_t>& strip, float maximum_score,
+                           Vec& total) {
+  float* row = tile.weights + m * kStripKeys;
   Vec largest = Vec::zero();
   Vec check = Vec::zero();
-  for (std::int64_t k = 0; k < n; k += kLanes) {
-    const Vec s = n - k >= kLanes ? Vec::load(scales + k) : load_first(scales + k, n - k);
-    largest = max(largest, s);
-    check = fma(s, Vec::zero(), check);
+  for (std::int64_t k = 0; k < tile.visible[m]; k += kLanes) {
+    const Vec weight = exp(Vec::load(row + k) - Vec::set(maximum_score));
+    total = total + weight;
+    Vec scaled = weight * Vec::load(strip.value_scales + k);
+    // Scales of tokens never written may be anything.
+    if (tile.visible[m] - k < kLanes) scaled = first_lanes(scaled, tile.visible[m] - k);
+    scaled.store(row + k);
+    largest = max(largest, scaled);
+    check = fma(scaled, Vec::zero(), check);
+    tile.fetcher->take_share();
   }
   return maximum(largest) + sum(check);
 }
 
-// As the weigh() of floats; then weights times scales become integers. Their range is that of the
-// strip's largest weight times the largest scale. A weight that is NaN makes the total NaN, so its
-// integer may be anything.
+// As the weigh() of floats; then weights times scales become integers, whose range is that of the
+// strip's largest. One that is NaN makes the scale NaN, so its integer may be anything.
 void weigh(Tile& tile, const Strip<std::uint8_t>& strip, float* maxima, float* totals) {
   find_maxima(tile, maxima);
   IntegerWeights& out = tile.integers;
   for (int m = 0; m < kLanes; ++m) out.scales[m] = 0.0f;
   for (int m = 0; m < tile.n_queries; ++m) {
     if (tile.visible[m] == 0) continue;
-    const bool same = m > 0 && tile.visible[m] == tile.visible[m - 1];
-    out.scales[m] = same ? out.scales[m - 1] : largest_scale(strip.value_scales, tile.visible[m]);
+    Vec total = Vec::zero();
+    out.scales[m] = scale_weights(tile, m, strip, maxima[m], total);
+    totals[m] = totals[m] * tile.corrections[m] + sum(total);
   }
   // Operand order matters: max gives its second operand when that is NaN. The limit keeps range /
   // peak finite.
-  const Vec peaks = max(Vec::set(1e-30f), exp(Vec::load(tile.peaks)) * Vec::load(out.scales));
+  const Vec peaks = max(Vec::set(1e-30f), Vec::load(out.scales));
   float inverses[kLanes];
   (Vec::set(kLargestInteger) / peaks).store(inverses);
   (peaks * Vec::set(1.0f / kLargestInteger)).store(out.scales);
@@ -144,24 +153,17 @@ void weigh(Tile& tile, const Strip<std::uint8_t>& strip, float* maxima, float* t
     const float* row = tile.weights + m * kStripKeys;
     std::byte* integers = out.rows + m * 2 * kStripKeys;
     const Vec inverse = Vec::set(inverses[m]);
-    Vec total = Vec::zero();
     Vec bias = Vec::zero();
     std::int64_t k = 0;
     for (; k < tile.visible[m]; k += kLanes) {
-      const Vec weight = exp(Vec::load(row + k) - Vec::set(maxima[m]));
-      total = total + weight;
-      Vec integer = round_nearest(weight * inverse * Vec::load(strip.value_scales + k));
-      // Scales of tokens never written may be anything.
-      if (tile.visible[m] - k < kLanes) integer = first_lanes(integer, tile.visible[m] - k);
+      const Vec integer = round_nearest(Vec::load(row + k) * inverse);
       bias = bias + integer;
       FourIntegers::store(integers, kStripKeys, k, integer);
-      tile.fetcher->take_share();
     }
     for (; k < kStripKeys; k += kLanes) {
       FourIntegers::store(integers, kStripKeys, k, Vec::zero());
     }
-    totals[m] = totals[m] * tile.corrections[m] + sum(total);
-    // Exact: below 2^24. NaN, which no integer is, has made the total NaN already.
+    // Exact: below 2^24. NaN, which no integer is, has made the scale NaN already.
     const float of_row = sum(bias);
     out.biases[m] = of_row == of_row ? -128 * static_cast<std::int32_t>(of_row) : 0;
   }

@@ -90,7 +90,6 @@ struct Tile {
   std::int64_t visible[kTileQueries];  // keys of the strip each query sees, ascending
   float weights[kTileQueries * kStripKeys];
   float corrections[kLanes];  // by which earlier sums shrink
-  float peaks[kLanes];        // largest score of the strip minus largest so far
   IntegerWeights integers;
   Fetcher* fetcher;
 };
@@ -192,7 +191,7 @@ void score(Tile& tile, const QueryBlock& block, const Strip<T>& strip, std::int6
 // tile's.
 inline void find_maxima(Tile& tile, float* maxima) {
   constexpr float kInfinity = __builtin_inff();
-  for (int m = 0; m < kLanes; ++m) tile.corrections[m] = tile.peaks[m] = 0.0f;
+  for (int m = 0; m < kLanes; ++m) tile.corrections[m] = 0.0f;
   for (int m = 0; m < tile.n_queries; ++m) {
     if (tile.visible[m] == 0) continue;
     float* row = tile.weights + m * kStripKeys;
@@ -205,7 +204,6 @@ inline void find_maxima(Tile& tile, float* maxima) {
     const float strip_maximum = maximum(largest);
     const float new_maximum = strip_maximum > maxima[m] ? strip_maximum : maxima[m];
     tile.corrections[m] = maxima[m] - new_maximum;
-    tile.peaks[m] = strip_maximum - new_maximum;
     maxima[m] = new_maximum;
   }
   exp(Vec::load(tile.corrections)).store(tile.corrections);

@@ -315,6 +315,22 @@ def test_attend_follows_a_maximum_that_moves(isa: str) -> None:
         assert_close(attend(make_ops(isa), layer, qkv), layer, qkv, isa)
 
 
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_attend_forgives_a_large_value_that_gets_no_weight(isa: str, kv_type: str) -> None:
+    layer = Layer(4, 2, 64, 64, kv_type)
+    qkv = random_qkv(layer, 60)
+    n_queried = layer.n_heads * layer.head_dim
+    n_keyed = (layer.n_heads + layer.n_kv_heads) * layer.head_dim
+    qkv[:, :n_queried] = np.abs(qkv[:, :n_queried])
+    qkv[20, n_queried:n_keyed] = -30  # scores of minus hundreds
+    qkv[20, n_keyed:] *= 1000
+    expected, _ = reference(layer, qkv)
+    got = attend(make_ops(isa), layer, qkv)
+    others = np.arange(60) != 20
+    # Of the others' values, of size one: an int8 one is off by 1/254 of its largest, bf16 by 2^-8.
+    np.testing.assert_allclose(got[others], expected[others], atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("head_dim", [2, 8, 24, 128])
 def test_attend_returns_the_value_of_a_single_token(isa: str, head_dim: int) -> None:
     for kv_type in KV_TYPES:
