@@ -28,6 +28,7 @@ from tqdm import tqdm
 import gguf_file as gguf
 from camelid import layout
 from camelid.config import ModelConfig, parse_config
+from camelid.errors import Error as CamelidError
 from camelid.layout import Linear
 from camelid.safetensors import SafetensorsWriter, TensorSpec
 
@@ -336,8 +337,13 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="write it for llama.cpp too")
     args = parser.parse_args()
 
+    if args.folder.exists():
+        sys.exit(f"[slice] {args.folder} exists. Name a folder that does not, or remove it.")
     data = slice_config(args.shape, args.layers, args.vocab, args.experts)
-    n_folder, n_gguf = sizes(data)
+    try:
+        n_folder, n_gguf = sizes(data)
+    except CamelidError as error:
+        sys.exit(f"[slice] {error}")
     n_gguf = n_gguf if args.gguf else 0
     check_space(args.folder, n_folder + n_gguf)
     with tqdm(total=n_folder + n_gguf, unit="B", unit_scale=True) as bar:
