@@ -11,7 +11,6 @@ removed at once. Prints a table and writes it, with every run, to benchmarks/res
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -42,18 +41,6 @@ started = time.perf_counter()
 with camelid.LLM(sys.argv[1], device="cpu", threads=int(sys.argv[2])):
     print(time.perf_counter() - started)
 """
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, help="folder of a checkpoint")
-    parser.add_argument("-t", dest="threads", type=int, default=_core.default_threads())
-    parser.add_argument("-r", dest="n_runs", type=int, default=5, help="runs of each (default 5)")
-    parser.add_argument("--note", default="", help="part of the result's name")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
-    return parser.parse_args(argv)
 
 
 # ---- what is measured; each returns seconds ----
@@ -212,7 +199,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
+    args = records.arguments(__doc__, argv)
     files = sorted(args.model.glob("*.safetensors"))
     if not files:
         sys.exit(f"[load] {args.model} holds no safetensors files.")

@@ -1,19 +1,34 @@
-"""What the smaller benchmarks' results have in common: a head, a table, and two files.
+"""What the smaller benchmarks have in common: their arguments, and results of a head and a table.
 
 Must never know what was measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 import camelid
+from camelid import _core
 from versus import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def arguments(description: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="folder of a checkpoint")
+    parser.add_argument("-t", dest="threads", type=int, default=_core.default_threads())
+    parser.add_argument("-r", dest="n_runs", type=int, default=5, help="runs of each (default 5)")
+    parser.add_argument("--note", default="", help="part of the result's name")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser.parse_args(argv)
 
 
 def head(benchmark: str, threads: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ Prints a table and writes it, with every run, to benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import camelid
 import records
-from camelid import _core, layout
+from camelid import layout
 from camelid.bench import Case
 from camelid.bench import measure as measure_cases
 from camelid.checkpoint import Checkpoint
@@ -52,18 +51,6 @@ N_SPECIAL = 2048  # ids that follow a tokenizer.model's own
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 PATHS = {"engine": "engine, as `camelid bench`", "generate": "`LLM.generate`"}
 Step = Callable[[int], float]  # tokens -> seconds of one step
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, help="folder of a checkpoint")
-    parser.add_argument("-t", dest="threads", type=int, default=_core.default_threads())
-    parser.add_argument("-r", dest="n_runs", type=int, default=5, help="runs of each (default 5)")
-    parser.add_argument("--note", default="", help="part of the result's name")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
-    return parser.parse_args(argv)
 
 
 # ---- the tiny model ----
@@ -203,7 +190,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
+    args = records.arguments(__doc__, argv)
     with Checkpoint.open(args.model) as checkpoint:
         config, options = checkpoint.config, load_options(checkpoint, args.threads)
     with tempfile.TemporaryDirectory(prefix="camelid-tiny-") as parent:

@@ -76,7 +76,7 @@ class VisionConfig:
 
     @property
     def shuffle(self) -> int:
-        """Patches of a side that become one embedding; the engine refuses what is no square."""
+        """The side, in patches, of the square that becomes one embedding."""
         return round(1 / self.pixel_shuffle_ratio)
 
     @property

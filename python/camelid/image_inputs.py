@@ -17,6 +17,7 @@ from camelid.errors import CheckpointError, InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
     from camelid.config import VisionConfig
+    from camelid.image_config import ImageConfig
 
 __all__ = ["ImageInputs", "tile_array"]
 
@@ -47,12 +48,21 @@ class ImageInputs:
             raise InvalidRequest(
                 f"[prompt] images is {type(images).__name__}, expected a list of {_WANTED}."
             )
-        return [self._tiles(image, self._vision) for image in images]
+        config = self._config(self._vision) if any(map(_is_pillow, images)) else None
+        return [self._tiles(image, self._vision, config) for image in images]
 
-    def _tiles(self, image: Any, vision: VisionConfig) -> NDArray[np.float32]:
-        if not _is_pillow(image):
+    def _tiles(
+        self, image: Any, vision: VisionConfig, config: ImageConfig | None
+    ) -> NDArray[np.float32]:
+        if config is None or not _is_pillow(image):
             return tile_array(image, vision)
-        from camelid.images import ImageConfig, tile
+        from camelid.images import tile
+
+        return tile(image, config)[0]
+
+    def _config(self, vision: VisionConfig) -> ImageConfig:
+        """Return how the folder cuts images, where its tower takes such tiles."""
+        from camelid.images import ImageConfig
 
         config = ImageConfig.from_folder(self._folder)
         if config.tile_side != vision.image_size or vision.n_channels != 3:
@@ -61,7 +71,7 @@ class ImageInputs:
                 f"{config.tile_side} pixels, the vision tower takes {vision.n_channels} and "
                 f"{vision.image_size}. Download both files again."
             )
-        return tile(image, config)[0]
+        return config
 
 
 def _is_pillow(image: Any) -> bool:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "encode_prompt", "images_of", "is_one_prompt", "token_array"]
 
-# A text, token ids, or {"prompt_token_ids": ids, "images": [tiles of each image, ...]}.
+# A text, token ids, or {"prompt_token_ids": ids}, where "images" may name a list of images, too.
 Prompt: TypeAlias = "str | Sequence[int] | NDArray[np.integer[Any]] | Mapping[str, Any]"
 
-_WANTED = 'text, a list of token ids, or {"prompt_token_ids": [...]}'
+_WANTED = 'text, a list of token ids, or {"prompt_token_ids": [...]} with "images" or without'
 
 
 def is_one_prompt(prompts: Any) -> bool:
