@@ -257,7 +257,7 @@ void bind_engine(py::module_& m) {
       .def("load_vision_frame", &load_vision_frame, py::arg("sources"))
       .def("load_vision_layer", &load_vision_layer, py::arg("sources"))
       .def("encode_image", &encode_image, py::arg("pixels"))
-      .def("finish_loading", &Engine::finish_loading, Release())
+      .def("finish_loading", &Engine::finish_loading, py::arg("reserved_bytes") = 0, Release())
       .def("open_sequence", &Engine::open_sequence, py::arg("params"), Release())
       .def("close_sequence", &Engine::close_sequence, py::arg("sequence"), Release())
       .def("step", &step, py::arg("sequences"), py::arg("counts"), py::arg("tokens"),

@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <mutex>
 #include <utility>
 
 #include "base/error.h"
@@ -64,24 +65,27 @@ std::size_t Engine::workspace_bytes() const {
          (vision_ ? vision_->workspace_bytes() : 0);
 }
 
-void Engine::finish_loading() {
+void Engine::finish_loading(std::size_t reserved_bytes) {
   weights_.check_complete();
   if (vision_) vision_->check_complete();
   const std::size_t workspace = workspace_bytes();
   // Without a limit the cache may take what is free now, less a tenth for everyone else.
   std::size_t left = backend_->available_bytes() / 10 * 9;
+  std::size_t taken = reserved_bytes;
   if (options_.memory_bytes > 0) {
-    const std::size_t taken = weight_bytes() + workspace;
-    left = options_.memory_bytes > taken ? options_.memory_bytes - taken : 0;
+    left = options_.memory_bytes;
+    taken += weight_bytes() + workspace;
   }
+  left = left > taken ? left - taken : 0;
   KvCacheOptions cache{options_.kv_cache, options_.page_size, left};
   auto made = std::make_unique<KvCache>(*backend_, config_, cache);
   const std::size_t least = made->bytes_for(1);
   if (left < least) {
-    fail(ErrorCode::kCapacity, "[memory] weights take ", weight_bytes(),
-         " bytes and the workspace ", workspace, "; ", left,
+    fail(ErrorCode::kCapacity, "[memory] weights take ", weight_bytes(), " bytes, the workspace ",
+         workspace, " and encoded images ", reserved_bytes, "; ", left,
          " bytes are left for the KV cache, which needs at least ", least, ". Raise memory= to ",
-         weight_bytes() + workspace + least, " bytes or more, or use smaller weights.");
+         weight_bytes() + workspace + reserved_bytes + least,
+         " bytes or more, or use smaller weights.");
   }
   cache_ = std::move(made);
 }

@@ -1,17 +1,18 @@
 // The whole public C++ surface: open a model from named weights, run steps over sequences, sample.
-// One Engine belongs to one model; calls are serialised by a mutex, so threads may share it.
+// One Engine belongs to one model; calls are served one by one, in the order in which they come, so
+// threads may share it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "backend/backend.h"
+#include "base/fair_mutex.h"
 #include "kv/cache.h"
 #include "model/config.h"
 #include "model/llama4.h"
@@ -51,8 +52,9 @@ class Engine {
   VisionTower* vision() { return vision_.get(); }
   void load_vision_frame(const VisionFrameSources& sources);
   void load_vision_layer(const VisionLayerSources& sources);
-  // Once all weights are loaded: sizes the KV pools from what memory is left. Throws kCapacity.
-  void finish_loading();
+  // Once all weights are loaded: sizes the KV pools from what memory is left beside the caller's
+  // `reserved_bytes`. Throws kCapacity.
+  void finish_loading(std::size_t reserved_bytes = 0);
 
   std::int64_t open_sequence(const SamplerParams& params);
   void close_sequence(std::int64_t sequence);
@@ -84,7 +86,7 @@ class Engine {
   StepRunner runner_;
   std::unique_ptr<KvCache> cache_;
   std::map<std::int64_t, Sampler> samplers_;
-  mutable std::mutex mutex_;
+  mutable FairMutex mutex_;
 };
 
 }  // namespace camelid
