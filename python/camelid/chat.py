@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.errors import InvalidRequest, TemplateError, Unsupported
+from camelid.image_parts import ImagePart
 from camelid.messages import Conversation, read_conversation, tool_name
 from camelid.template_files import find_templates, named_templates
 from camelid.template_sandbox import Template
@@ -21,8 +22,8 @@ from camelid.tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate", "ImageHandler"]
 
-ImageHandler = Callable[[Mapping[str, Any]], Sequence[int]]
-"""Given one image part of a message, returns the token ids that stand for it in the prompt."""
+ImageHandler = Callable[[ImagePart], Sequence[int]]
+"""Given one image of a conversation, returns the token ids that stand for it in the prompt."""
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -172,8 +173,8 @@ class ChatTemplate:
         conversation = read_conversation(messages, tools)
         if conversation.images and image_handler is None:
             raise Unsupported(
-                f"[chat] {len(conversation.images)} image(s) in messages; images: not supported by "
-                "this version. Send text only."
+                f"[chat] {len(conversation.images)} image(s) in messages, and no image_handler "
+                "that says how they become tokens. Pass one, or send text only."
             )
         veil = _Veil(self._firsts, conversation)
         text = self._render(conversation, add_generation_prompt, veil)
@@ -211,7 +212,7 @@ class ChatTemplate:
         self,
         text: str,
         veil: _Veil,
-        images: Sequence[Mapping[str, Any]],
+        images: Sequence[ImagePart],
         handler: ImageHandler | None,
     ) -> list[int]:
         image_id = self._tokenizer.special_tokens.get("<|image|>")

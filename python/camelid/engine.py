@@ -92,6 +92,7 @@ class EngineLoop:
         self._to_cancel: list[Request] = []
         self._cancel_active = False
         self._closed = False
+        self.n_cancellations = 0  # calls of cancel_all(), for what is not yet submitted
         # The thread's own.
         self._keys = itertools.count()
         self._active: dict[int, Request] = {}
@@ -108,10 +109,9 @@ class EngineLoop:
             InvalidRequest: If the model is closed.
             Unsupported: In a process forked after the model was loaded.
         """
-        self._check_process()
+        self._check_process()  # before the lock, which a fork may have left locked
         with self._wake:
-            if self._closed:
-                raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
+            self.check_open()
             self._arrived.append(request)
             if not self._is_alive():
                 # A daemon, or the interpreter would wait for it before anyone could stop it.
@@ -131,6 +131,7 @@ class EngineLoop:
         """End every request that runs or waits."""
         self._check_process()
         with self._wake:
+            self.n_cancellations += 1
             self._to_cancel.extend(self._arrived)
             self._cancel_active = True
             self._wake.notify()
@@ -154,18 +155,37 @@ class EngineLoop:
                         "[engine] the engine's thread is gone. This is a bug; please report it."
                     ) from None
 
-    def encode_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the vision tower, between two steps where requests are under way.
+    def check_open(self) -> None:
+        """Refuse to go on with a model that is closed.
 
         Raises:
-            InvalidRequest: If the model is closed.
+            InvalidRequest: If it is.
+            Unsupported: In a process forked after the model was loaded.
         """
         self._check_process()
+        if self._closed:
+            raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
+
+    def encode_tile(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the vision tower, between two steps where requests are under way.
+
+        Args:
+            pixels: float32 [channels, side, side].
+
+        Returns:
+            float32 [tokens_per_tile, dim].
+
+        Raises:
+            Cancelled: If the model is closed.
+        """
         with self._wake:
-            if self._closed:
-                raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
-            core = self._core  # which stays alive until this is done
-        return core.encode_image(pixels)
+            core = None if self._closed else self._core  # which stays alive until this is done
+        if core is None:
+            raise _closed_meanwhile()
+        features: NDArray[np.float32] = core.encode_image(pixels[None])[0]
+        if self._closed:
+            raise _closed_meanwhile()
+        return features
 
     def close(self) -> None:
         """Stop the thread after the step it is in; requests under way fail with Cancelled."""
@@ -211,7 +231,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         """Run until closed. Whatever happens, everyone gets an answer and every sequence closes."""
-        reason: Error = Cancelled("[llm] the model was closed while this request was under way.")
+        reason: Error = _closed_meanwhile()
         try:
             while self._take_news():
                 self._run_step()
@@ -338,6 +358,10 @@ class EngineLoop:
                 self._core.close_sequence(sequence)
             except Exception:
                 logger.exception("sequence %d could not be closed", sequence)
+
+
+def _closed_meanwhile() -> Cancelled:
+    return Cancelled("[llm] the model was closed while this request was under way.")
 
 
 def _as_arguments(features: Features | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from camelid.errors import InvalidRequest
 
-__all__ = ["Features", "join_features", "place_features"]
+__all__ = ["Features", "PromptFeatures", "feature_rows", "join_features"]
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,37 @@ class Features:
     values: NDArray[np.float32]
     rows: NDArray[np.int32]
 
-    def part(self, first: int, n_tokens: int) -> Features:
-        """Return what tokens [first, first + n_tokens) need, and no feature of others."""
+
+@dataclass(frozen=True)
+class PromptFeatures:
+    """The embeddings of a prompt's tiles; `rows` counts through all of them.
+
+    Others may hold the same tiles: they are never copied but for the step that needs them.
+    """
+
+    tiles: Sequence[NDArray[np.float32]]  # each [tokens_per_tile, dim]; one at least
+    rows: NDArray[np.int32]  # [n_tokens], ascending where not -1
+
+    def part(self, first: int, n_tokens: int) -> Features | None:
+        """Return what tokens [first, first + n_tokens) need; None where no feature stands."""
         rows = self.rows[first : first + n_tokens]
         used = rows[rows >= 0]
         if not len(used):
-            return Features(self.values[:0], rows)
-        low, high = int(used[0]), int(used[-1]) + 1  # rows ascend
-        return Features(self.values[low:high], np.where(rows >= 0, rows - low, -1).astype(np.int32))
+            return None
+        per_tile = len(self.tiles[0])
+        low, high = int(used[0]) // per_tile, int(used[-1]) // per_tile + 1
+        shifted = np.where(rows >= 0, rows - low * per_tile, -1).astype(np.int32)
+        return Features(_concatenate(self.tiles[low:high]), shifted)
 
 
-def place_features(
-    ids: NDArray[np.int32], images: Sequence[NDArray[np.float32]], image_token_id: int
-) -> Features:
-    """Give every image token of a prompt its feature, in the order of the images.
+def feature_rows(
+    ids: NDArray[np.int32], n_features: Sequence[int], image_token_id: int
+) -> NDArray[np.int32]:
+    """Return for every token of a prompt the row of the feature in its place, -1 where none is.
 
     Args:
         ids: The prompt, int32 [n_tokens].
-        images: Of each image its features, [n_tiles, tokens_per_tile, dim].
+        n_features: Of each image, in order.
         image_token_id: The token each feature stands for.
 
     Raises:
@@ -48,28 +61,30 @@ def place_features(
     """
     is_image = ids == image_token_id
     n_tokens = int(is_image.sum())
-    counts = [image.shape[0] * image.shape[1] for image in images]
-    if n_tokens != sum(counts):
-        each = ", ".join(str(count) for count in counts[:8]) + (", ..." if len(counts) > 8 else "")
+    if n_tokens != sum(n_features):
+        each = ", ".join(map(str, n_features[:8])) + (", ..." if len(n_features) > 8 else "")
         raise InvalidRequest(
-            f"[prompt] {len(images)} images need {sum(counts)} image tokens ({each}), the prompt "
-            f"holds {n_tokens} of id {image_token_id}. Encode each image's layout in the prompt."
+            f"[prompt] {len(n_features)} images need {sum(n_features)} image tokens ({each}), the "
+            f"prompt holds {n_tokens} of id {image_token_id}. Encode each image's layout in the "
+            "prompt."
         )
-    rows = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
-    values = [image.reshape(-1, image.shape[2]) for image in images]
-    return Features(np.concatenate(values), rows)
+    return np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
 
 
 def join_features(parts: Sequence[Features | None], counts: Sequence[int]) -> Features | None:
     """Lay the parts of a step end to end; None where no token of it stands for a feature."""
-    held = [part for part in parts if part is not None and len(part.values)]
+    held = [part for part in parts if part is not None]
     if not held:
         return None
     rows, first = [], 0
     for part, n_tokens in zip(parts, counts, strict=True):
-        if part is None or not len(part.values):
+        if part is None:
             rows.append(np.full(n_tokens, -1, np.int32))
             continue
         rows.append(np.where(part.rows >= 0, part.rows + first, -1).astype(np.int32))
         first += len(part.values)
-    return Features(np.concatenate([part.values for part in held]), np.concatenate(rows))
+    return Features(_concatenate([part.values for part in held]), np.concatenate(rows))
+
+
+def _concatenate(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,12 +1,12 @@
 """From what callers pass as images to the tiles the vision tower takes, with every mistake named.
 
-Must never know the engine, prompts or files.
+Must never know the engine, prompts or messages.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camelid.errors import CheckpointError, InvalidRequest, Unsupported
+from camelid.image_parts import is_pillow
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from camelid.config import VisionConfig
     from camelid.image_config import ImageConfig
 
@@ -25,45 +28,86 @@ _WANTED = "Pillow images, or float arrays [n_tiles, channels, side, side]"
 
 
 class ImageInputs:
-    """Reads the images of prompts for one model."""
+    """Reads images for one model.
 
-    def __init__(self, folder: Path, vision: VisionConfig | None) -> None:
+    Args:
+        folder: The model's, which says how images are cut.
+        vision: Its vision tower, None where it has none.
+        allow_files: Whether `open` takes local paths.
+        fetch: Returns the bytes behind an http(s) URL; None refuses them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vision: VisionConfig | None,
+        *,
+        allow_files: bool = True,
+        fetch: Callable[[str], bytes] | None = None,
+    ) -> None:
         self._folder = folder
         self._vision = vision
+        self._allow_files = allow_files
+        self._fetch = fetch
 
-    def read(self, images: Any) -> list[NDArray[np.float32]]:
-        """Return the tiles of each image, the overview last.
+    def require_vision(self) -> VisionConfig:
+        """Return the vision tower's config.
 
         Raises:
-            InvalidRequest: If `images` is no list of images, or one is damaged or of wrong shape.
-            CheckpointError: If the folder's image configuration does not fit its vision tower.
-            Unsupported: If the model has no vision tower.
+            Unsupported: If the model has none.
         """
         if self._vision is None:
             raise Unsupported(
                 "[prompt] images: this model has no vision tower. Send text only, or load the "
                 "checkpoint of a Llama4ForConditionalGeneration."
             )
+        return self._vision
+
+    def read(self, images: Any) -> list[NDArray[np.float32]]:
+        """Return the tiles of each image of a prompt of token ids, the overview last.
+
+        Raises:
+            InvalidRequest: If `images` is no list of images, or one is damaged or of wrong shape.
+            CheckpointError: If the folder's image configuration does not fit its vision tower.
+            Unsupported: If the model has no vision tower.
+        """
+        vision = self.require_vision()
         if isinstance(images, (str, bytes, np.ndarray)) or not isinstance(images, Sequence):
             raise InvalidRequest(
                 f"[prompt] images is {type(images).__name__}, expected a list of {_WANTED}."
             )
-        config = self._config(self._vision) if any(map(_is_pillow, images)) else None
-        return [self._tiles(image, self._vision, config) for image in images]
+        config = self.tiling() if any(map(is_pillow, images)) else None
+        return [self._tiles(image, vision, config) for image in images]
 
-    def _tiles(
-        self, image: Any, vision: VisionConfig, config: ImageConfig | None
-    ) -> NDArray[np.float32]:
-        if config is None or not _is_pillow(image):
-            return tile_array(image, vision)
-        from camelid.images import tile
+    def open(self, source: bytes | str | os.PathLike[str] | Image.Image) -> Image.Image:
+        """Decode an image of a message: bytes, a data: or http(s) URL, a path, an open image.
 
-        return tile(image, config)[0]
+        Raises:
+            InvalidRequest: If it is damaged, cannot be had, or is beyond a limit.
+            Unsupported: If it is a URL or a path, and those are not allowed.
+        """
+        from camelid.image_files import load_image
 
-    def _config(self, vision: VisionConfig) -> ImageConfig:
-        """Return how the folder cuts images, where its tower takes such tiles."""
+        if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+            if self._fetch is None:
+                raise Unsupported(
+                    "[image] http(s) URLs are fetched only by a model loaded with "
+                    "fetch_images=True: this process would open connections that a prompt chose. "
+                    "Send a data: URL instead."
+                )
+            return load_image(self._fetch(source))
+        return load_image(source, allow_files=self._allow_files)
+
+    def tiling(self) -> ImageConfig:
+        """Return how the folder cuts images, where its tower takes such tiles.
+
+        Raises:
+            CheckpointError: If it says nothing, or what does not fit.
+            Unsupported: If the model has no vision tower.
+        """
         from camelid.images import ImageConfig
 
+        vision = self.require_vision()
         config = ImageConfig.from_folder(self._folder)
         if config.tile_side != vision.image_size or vision.n_channels != 3:
             raise CheckpointError(
@@ -73,10 +117,14 @@ class ImageInputs:
             )
         return config
 
+    def _tiles(
+        self, image: Any, vision: VisionConfig, config: ImageConfig | None
+    ) -> NDArray[np.float32]:
+        if config is None or not is_pillow(image):
+            return tile_array(image, vision)
+        from camelid.images import tile
 
-def _is_pillow(image: Any) -> bool:
-    module = sys.modules.get("PIL.Image")  # who has such an image has imported this
-    return module is not None and isinstance(image, module.Image)
+        return tile(image, config)[0]
 
 
 def tile_array(pixels: Any, vision: VisionConfig | None) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camelid.chat import ChatTemplate
+from camelid.chat_images import ChatImages
 from camelid.checkpoint import Checkpoint
 from camelid.engine import EngineLoop
 from camelid.errors import (
@@ -28,10 +29,13 @@ from camelid.errors import (
     Error,
     InvalidRequest,
 )
-from camelid.features import Features, place_features
+from camelid.image_cache import FeatureCache
+from camelid.image_encoder import ImageEncoder, PromptImages
 from camelid.image_inputs import ImageInputs, tile_array
+from camelid.limits import Limits, context_limit
 from camelid.loading import find_folder, load
 from camelid.options import LoadOptions, ResolvedSampling, SamplingParams
+from camelid.progress import prefill_bar, prompts_bar, show
 from camelid.prompts import (
     Prompt,
     encode_prompt,
@@ -55,7 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM"]
 
-DEFAULT_MAX_TOKENS = 256
 _MAX_STEP_TOKENS = 512
 _MAX_RUNNING = 64
 
@@ -81,9 +84,15 @@ class LLM:
             it again and moves them by about 0.02; both by more where they flip a near tie of a
             router.
         max_context: Most tokens of prompt and answer together; the config's limit if None.
-        memory: Bytes for weights, KV cache and workspace together, or "20GiB"; None takes nine
-            tenths of what is available, as it is needed.
+        memory: Bytes for weights, KV cache, workspace and remembered images together, or "20GiB";
+            None takes nine tenths of what is available, as it is needed.
         threads: Threads to compute with; None for all physical cores.
+        image_files: Whether images in messages may be local paths. Servers pass False: a client's
+            path would read the server's files.
+        fetch_images: Whether images in messages may be http(s) URLs. They are fetched from public
+            addresses only, within limits of size and time (`image_fetch.py`).
+        image_cache: Bytes for images encoded before, or "256MiB", out of `memory`; 0 remembers
+            none. None takes 256 MiB, or a sixteenth of what the weights leave if that is less.
         progress: Show a bar on stderr while loading.
 
     Raises:
@@ -109,6 +118,9 @@ class LLM:
         max_context: int | str | None = None,
         memory: int | str | None = None,
         threads: int | None = None,
+        image_files: bool = True,
+        fetch_images: bool = False,
+        image_cache: int | str | None = None,
         progress: bool = False,
     ) -> None:
         options = LoadOptions.parse(
@@ -120,24 +132,31 @@ class LLM:
             max_context=max_context,
             memory=memory,
             threads=threads,
+            image_files=image_files,
+            fetch_images=fetch_images,
+            image_cache=image_cache,
         )
         self._folder = find_folder(model)
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
         with Checkpoint.open(self._folder) as checkpoint:
             self._config = checkpoint.config
-            self._max_context = _max_context(options, self._config)
+            most_tokens = context_limit(options, self._config)
             self._tokenizer = _find_tokenizer(self._folder)
             loaded = load(checkpoint, options, max_step_tokens=_MAX_STEP_TOKENS, progress=progress)
         self._end_ids = frozenset(self._config.eos_ids)
         if self._tokenizer is not None:
             self._end_ids |= self._tokenizer.eos_ids
         self._device = loaded.core.describe()
-        self._kv_limit_bytes = loaded.core.memory()["kv_limit_bytes"]
-        self._kv_tokens = loaded.core.kv_tokens_in(self._kv_limit_bytes)
+        self._limits = Limits.of(loaded.core, most_tokens)
         self._loop = EngineLoop(
             loaded.core, max_step_tokens=_MAX_STEP_TOKENS, max_running=_MAX_RUNNING
         )
+        self._image_inputs = ImageInputs(
+            self._folder, self._config.vision, allow_files=options.image_files
+        )
+        cache = FeatureCache(loaded.image_cache_bytes)
+        self._image_encoder = ImageEncoder(self._loop, self._config, cache)
         # Also at interpreter exit, before its threads are stopped in the middle of anything.
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -160,7 +179,7 @@ class LLM:
     @property
     def max_context(self) -> int:
         """Most tokens of prompt and answer together."""
-        return self._max_context
+        return self._limits.max_context
 
     @property
     def device(self) -> str:
@@ -196,9 +215,9 @@ class LLM:
         for prompt, wanted, answer in zip(many, each, answers, strict=True):
             ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
             request = self._generate_request(ids, wanted.resolve(), answer.take)
-            request.features = self._features(ids, images_of(prompt))
+            request.images = self._images(ids, images_of(prompt))
             requests.append(request)
-        with self._running(requests), _bar(len(many), progress) as bar:
+        with self._running(requests, progress), prompts_bar(len(many), progress) as bar:
             for _ in many:
                 event = self._loop.wait(done)
                 if isinstance(event, Error):
@@ -224,7 +243,10 @@ class LLM:
         """
         (wanted,) = _params_for(params, 1)
         ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
-        return self._stream(ids, wanted.resolve(), progress, self._features(ids, images_of(prompt)))
+        events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
+        request = self._generate_request(ids, wanted.resolve(), events.put)
+        request.images = self._images(ids, images_of(prompt))
+        return self._deltas(request, events, progress)
 
     def chat(
         self,
@@ -235,20 +257,26 @@ class LLM:
     ) -> Completion:
         """Answer a conversation; unset parameters follow the folder's generation_config.json.
 
+        Messages of the user may hold images, among parts of text: {"type": "image_url",
+        "image_url": {"url": ...}} as OpenAI's clients send them, or {"type": "image", "image":
+        picture}, "url" or "path", as transformers takes them. A URL is data:, file:, a path, or
+        http(s) where the model was loaded with fetch_images=True. `detail` changes nothing.
+
         Args:
             messages: OpenAI message objects: {"role": "user", "content": "Hello"}.
             params: How to sample.
             tools: OpenAI tool objects.
 
         Raises:
-            InvalidRequest: If a message, tool or parameter cannot be served.
+            InvalidRequest: If a message, image, tool or parameter cannot be served.
+            CapacityError: If prompt and answer exceed the KV cache's memory.
             TemplateError: If the folder's chat template fails.
-            Unsupported: If a message holds an image.
+            Unsupported: If there are images and the model has no vision tower, or such URLs are
+                not allowed.
         """
-        ids, wanted = self._chat_prompt(messages, params, tools)
         done: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         answer = _Answer(done)
-        with self._running([self._generate_request(ids, wanted, answer.take)]):
+        with self._running([self._chat_request(messages, params, tools, answer.take)]):
             event = self._loop.wait(done)
             if isinstance(event, Error):
                 raise event
@@ -263,7 +291,9 @@ class LLM:
         progress: bool = False,
     ) -> Iterator[Delta]:
         """Answer a conversation as `chat` does, and yield the answer as `stream` does."""
-        return self._stream(*self._chat_prompt(messages, params, tools), progress)
+        events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
+        request = self._chat_request(messages, params, tools, events.put)
+        return self._deltas(request, events, progress)
 
     def logits(
         self,
@@ -284,11 +314,11 @@ class LLM:
             Unsupported: If images are given to a model without a vision tower.
         """
         ids = token_array(token_ids, self._config.vocab_size)
-        self._check_length(len(ids), 0)
+        self._limits.check(len(ids), 0)
         logits = _empty_logits(len(ids), self._config.vocab_size)
         events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         request = LogitsRequest(ids, ResolvedSampling(), events.put, logits=logits)
-        request.features = self._features(ids, images)
+        request.images = self._images(ids, images)
         with self._running([request]):
             event = self._loop.wait(events)
         if isinstance(event, Error):
@@ -297,29 +327,29 @@ class LLM:
             raise Cancelled("[logits] the request was cancelled before it had a result.")
         return logits
 
-    def encode_image(self, pixel_values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    def encode_image(
+        self, pixel_values: NDArray[np.floating[Any]], *, progress: bool = False
+    ) -> NDArray[np.float32]:
         """Return the embeddings that stand for an image's patch tokens.
 
         Args:
             pixel_values: Tiles [n_tiles, channels, side, side] in [-1, 1], the overview last, side
                 as in the config.
+            progress: Show a bar on stderr when it takes long.
 
         Returns:
             float32 [n_tiles, tokens_per_tile, dim]. A tile's result does not depend on the others.
 
         Raises:
+            Cancelled: If the model is closed, or its requests are cancelled, meanwhile.
             InvalidRequest: If the shape or a value is not what the model takes.
             Unsupported: If the model has no vision tower.
         """
-        return self._loop.encode_image(tile_array(pixel_values, self._config.vision))
-
-    def _features(self, ids: NDArray[np.int32], images: Any) -> Features | None:
-        """Encode the images of a prompt and find the tokens they stand for."""
-        if images is None:
-            return None
-        tiles = ImageInputs(self._folder, self._config.vision).read(images)
-        encoded = [self._loop.encode_image(image) for image in tiles]
-        return place_features(ids, encoded, self._config.image_token_index) if encoded else None
+        tiles = tile_array(pixel_values, self._config.vision)
+        encoded = self._image_encoder.encode(list(tiles), progress=progress)
+        if encoded is None:
+            raise Cancelled("[vision] the request was cancelled before it had a result.")
+        return np.stack(encoded)
 
     def cancel(self) -> None:
         """End all requests under way, in whatever thread; their answers so far are kept."""
@@ -342,24 +372,12 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _stream(
-        self,
-        ids: NDArray[np.int32],
-        params: ResolvedSampling,
-        progress: bool,
-        features: Features | None = None,
-    ) -> Iterator[Delta]:
-        events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
-        request = self._generate_request(ids, params, events.put)
-        request.features = features
-        return self._deltas(request, events, progress)
-
     def _deltas(
         self, request: Request, events: queue.SimpleQueue[Delta | Error], progress: bool
     ) -> Iterator[Delta]:
-        with self._running([request]), _prefill_bar(len(request.prompt), progress) as bar:
+        with self._running([request], progress), prefill_bar(len(request.prompt), progress) as bar:
             while True:
-                event = self._loop.wait(events, lambda: _show(bar, request.n_run))
+                event = self._loop.wait(events, lambda: show(bar, request.n_run))
                 bar.close()  # the first event ends the prefill
                 if isinstance(event, Error):
                     raise event
@@ -368,16 +386,31 @@ class LLM:
                     return
 
     @contextlib.contextmanager
-    def _running(self, requests: list[Request]) -> Iterator[None]:
+    def _running(self, requests: list[Request], progress: bool = False) -> Iterator[None]:
         """Run requests; whatever ends the block, none of them goes on behind it."""
+        since = self._loop.n_cancellations
         try:
-            for request in requests:
-                self._loop.submit(request)
+            # Those without images first: encoding takes a while.
+            for request in sorted(requests, key=lambda request: request.images is not None):
+                self._start(request, since, progress)
             yield
         finally:
             left = [request for request in requests if not request.finished]
             if left:
                 self._loop.cancel(left)
+
+    def _start(self, request: Request, since: int, progress: bool) -> None:
+        """Encode the images of a request, and submit it."""
+        if request.images is not None:
+            features = self._image_encoder.encode_prompt(
+                request.images, since=since, progress=progress
+            )
+            request.images = None
+            if features is None:
+                request.deliver(request.cancel())
+                return
+            request.features = features
+        self._loop.submit(request)
 
     def _generate_request(
         self,
@@ -400,46 +433,37 @@ class LLM:
             ids,
             params,
             deliver,
-            max_tokens=self._answer_limit(len(ids), params.max_tokens),
+            max_tokens=self._limits.answer_tokens(len(ids), params.max_tokens),
             end_ids=self._end_ids,
             tokenizer=self._tokenizer,
         )
 
-    def _answer_limit(self, n_prompt: int, max_tokens: int | None) -> int:
-        """Return how many tokens may be generated after a prompt; refuse what will not fit."""
-        self._check_length(n_prompt, 1 if max_tokens is None else max_tokens)
-        if max_tokens is not None:
-            return max_tokens
-        return min(DEFAULT_MAX_TOKENS, min(self._max_context, self._kv_tokens) - n_prompt)
-
-    def _check_length(self, n_prompt: int, n_answer: int) -> None:
-        total = n_prompt + n_answer
-        asked = f"{n_prompt} tokens" if n_answer == 0 else f"{n_prompt} + {n_answer} tokens"
-        if total > self._max_context:
-            raise InvalidRequest(
-                f"[llm] prompt and answer of {asked} exceed the context of {self._max_context}. "
-                "Shorten the prompt, lower max_tokens, or load with a larger max_context= where "
-                "the model allows it."
-            )
-        if total > self._kv_tokens:
-            raise CapacityError(
-                f"[kv] prompt and answer of {asked} exceed the KV cache: "
-                f"{show_bytes(self._kv_limit_bytes)} hold {self._kv_tokens} tokens. Shorten the "
-                "prompt, lower max_tokens, or load with a larger memory=."
-            )
-
-    def _chat_prompt(
+    def _chat_request(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None,
         tools: Sequence[Mapping[str, Any]] | None,
-    ) -> tuple[NDArray[np.int32], ResolvedSampling]:
+        deliver: Callable[[Delta | Error], None],
+    ) -> GenerateRequest:
         (wanted,) = _params_for(params, 1)
         with self._template_lock:
             if self._template is None:
                 self._template = ChatTemplate.from_folder(self._folder, self.tokenizer)
-        ids = self._template.encode(messages, tools=tools)
-        return token_array(ids, self._config.vocab_size), wanted.resolve(self._config.generation)
+        images = ChatImages(
+            self._image_inputs, self.tokenizer.special_id, lambda n: self._limits.check(n, 1)
+        )
+        encoded = self._template.encode(messages, tools=tools, image_handler=images.take)
+        ids = token_array(encoded, self._config.vocab_size)
+        resolved = wanted.resolve(self._config.generation)
+        request = self._generate_request(ids, resolved, deliver)
+        request.images = PromptImages.place(ids, images.tiles, self._config)
+        return request
+
+    def _images(self, ids: NDArray[np.int32], images: Any) -> PromptImages | None:
+        """Read the images of a prompt of token ids, and find the tokens they stand for."""
+        if images is None:
+            return None
+        return PromptImages.place(ids, self._image_inputs.read(images), self._config)
 
 
 class _Answer:
@@ -489,26 +513,6 @@ def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
     return np.empty((n_tokens, vocab_size), np.float32)
 
 
-def _show(bar: Any, n: int) -> None:
-    bar.n = n
-    bar.refresh()
-
-
-def _prefill_bar(n_tokens: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    # Nothing to see at first: a bar appears when somebody has waited.
-    return tqdm(
-        total=n_tokens, desc="prefill", unit="tok", leave=False, delay=1, disable=not progress
-    )
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="generating", unit="prompt", disable=not progress)
-
-
 def _params_for(params: Any, n_prompts: int) -> list[SamplingParams]:
     """Return one SamplingParams for each prompt."""
     each = list(params) if isinstance(params, (list, tuple)) else [params] * n_prompts
@@ -523,18 +527,6 @@ def _params_for(params: Any, n_prompts: int) -> list[SamplingParams]:
                 f"[options] params is {type(item).__name__}, expected camelid.SamplingParams."
             )
     return [SamplingParams() if item is None else item for item in each]
-
-
-def _max_context(options: LoadOptions, config: ModelConfig) -> int:
-    limit = config.max_position_embeddings
-    if options.max_context is None:
-        return limit
-    if options.max_context > limit:
-        raise InvalidRequest(
-            f"[options] max_context is {options.max_context}, expected at most {limit}: the "
-            "model's own limit, max_position_embeddings in its config.json."
-        )
-    return options.max_context
 
 
 def _find_tokenizer(folder: Path) -> Tokenizer | None:

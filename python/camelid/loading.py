@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from camelid.checkpoint import Checkpoint, account
 from camelid.errors import CheckpointError, InvalidRequest, Unsupported
 from camelid.options import LoadOptions
-from camelid.plan import LoadPlan, make_plan, require_fit
+from camelid.plan import LoadPlan, image_cache_bytes, make_plan, require_fit
 from camelid.sources import (
     LinearSource,
     embedding_source,
@@ -44,6 +45,7 @@ class Loaded:
     core: _core.Engine
     config: ModelConfig
     plan: LoadPlan
+    image_cache_bytes: int
 
 
 def find_folder(model: str | os.PathLike[str]) -> Path:
@@ -100,15 +102,25 @@ def load(
         max_step_tokens=max_step_tokens,
         on_packed=releaser,
     )
+    on_cpu = core.describe().startswith("cpu")
     limits = [] if options.memory is None else [options.memory]
-    if core.describe().startswith("cpu"):
+    if on_cpu:
         limits.append(_core.available_memory())
+    left = sys.maxsize
     if limits:
         limit = min(limits)
-        require_fit(checkpoint, plan, limit_bytes=limit, limit_is_wish=limit == options.memory)
+        left = require_fit(
+            checkpoint,
+            plan,
+            limit_bytes=limit,
+            limit_is_wish=limit == options.memory,
+            cache_bytes=image_cache_bytes(config, options, 0),
+        )
     _load_weights(core, checkpoint, releaser, progress=progress)
-    core.finish_loading()
-    return Loaded(core, config, plan)
+    cache_bytes = image_cache_bytes(config, options, left)
+    # Encoded images are held by the host: of another device's memory they take nothing.
+    core.finish_loading(reserved_bytes=cache_bytes if on_cpu else 0)
+    return Loaded(core, config, plan, cache_bytes)
 
 
 class _Releaser:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from camelid.errors import InvalidRequest, Unsupported
+from camelid.image_parts import IMAGE_KINDS, ImagePart, read_image_part
 
 # "developer" is OpenAI's newer word for "system"; "ipython" is Llama's for "tool".
 _ROLES = {
@@ -22,7 +23,6 @@ _ROLES = {
     "tool": "tool",
     "ipython": "ipython",
 }
-_IMAGE_KINDS = ("image_url", "image", "input_image")
 # JSON nests this deep at most: Python's own stack is the limit beyond.
 _MAX_DEPTH = 200
 
@@ -33,7 +33,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
-    images: list[Mapping[str, Any]] = field(default_factory=list)  # parts as given, in order
+    images: list[ImagePart] = field(default_factory=list)  # in order
 
 
 def read_conversation(
@@ -104,10 +104,10 @@ def _read_content(content: Any, where: str, role: str, conversation: Conversatio
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
-        elif kind in _IMAGE_KINDS:
+        elif kind in IMAGE_KINDS:
             if role != "user":
                 raise Unsupported(f"[chat] {where}[{place}]: images belong in user messages.")
-            conversation.images.append(part)
+            conversation.images.append(read_image_part(part, f"{where}[{place}]"))
             parts.append({"type": "image"})
         else:
             raise InvalidRequest(

@@ -188,6 +188,9 @@ class LoadOptions:
     max_context: int | None = None  # tokens
     memory: int | None = None  # bytes
     threads: int | None = None
+    image_files: bool = True
+    fetch_images: bool = False
+    image_cache: int | None = None  # bytes; 0: none
 
     @classmethod
     def parse(
@@ -201,6 +204,9 @@ class LoadOptions:
         max_context: int | str | None = None,
         memory: int | str | None = None,
         threads: int | None = None,
+        image_files: bool = True,
+        fetch_images: bool = False,
+        image_cache: int | str | None = None,
     ) -> LoadOptions:
         """Check options as callers write them: "20GiB", "32K", 4.
 
@@ -219,6 +225,9 @@ class LoadOptions:
             max_context=None if max_context is None else parse_count("max_context", max_context),
             memory=None if memory is None else parse_size("memory", memory),
             threads=_integer("threads", threads, 1, 1024),
+            image_files=_flag("image_files", image_files),
+            fetch_images=_flag("fetch_images", fetch_images),
+            image_cache=_cache_size(image_cache),
         )
 
 
@@ -255,6 +264,12 @@ def parse_size(name: str, value: int | str) -> int:
     if number is None or not 0 < number <= 1 << 60:
         raise _wrong(name, value, wanted)
     return number
+
+
+def _cache_size(value: int | str | None) -> int | None:
+    if value is None or _whole(value) == 0:  # None: what fits; 0: no cache
+        return value  # type: ignore[return-value]
+    return parse_size("image_cache", value)
 
 
 def _scaled(digits: str, unit: int) -> int:

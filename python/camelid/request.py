@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from camelid.features import Features
+    from camelid.features import Features, PromptFeatures
+    from camelid.image_encoder import PromptImages
     from camelid.options import ResolvedSampling
     from camelid.tokenizer import Tokenizer
 
@@ -154,7 +155,8 @@ class Request:
     # Most tokens of this request in one step; None: whatever the step has room for.
     step_tokens: int | None = None
     output = 1  # of the last tokens of the prompt: 1 sample, 2 logits of every token
-    features: Features | None = None  # of the prompt's image tokens
+    images: PromptImages | None = None  # to be encoded before it is submitted
+    features: PromptFeatures | None = None  # of the prompt's image tokens, until they have run
 
     def __init__(
         self,
@@ -181,13 +183,15 @@ class Request:
 
     def next_features(self, n_tokens: int) -> Features | None:
         """Return the features of the `n_tokens` to run next."""
-        if self.features is None or self.n_run >= len(self.prompt):
+        if self.features is None:
             return None
         return self.features.part(self.n_run, n_tokens)
 
     def advance(self, n_tokens: int) -> None:
         """Note that a step ran the next `n_tokens`."""
         self.n_run = min(self.n_run + n_tokens, len(self.prompt))
+        if self.n_run == len(self.prompt):
+            self.features = None
 
     def wanted_output(self, n_tokens: int) -> int:
         """Return what a step over the next `n_tokens` must give back."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 import camelid
 from camelid import LLM, SamplingParams
-from camelid.features import join_features, place_features
+from camelid.features import PromptFeatures, feature_rows, join_features
 from camelid.images import tile
 from checkpoints import Weights, write_checkpoint
 from engines import assert_close, assert_same_bits, open_engine, open_greedy
@@ -52,9 +52,9 @@ def test_logits_do_not_depend_on_where_an_image_is_cut(
     ids, images = mixed_prompt()
     whole = llm.logits(ids, images=images)
     engine = open_engine(model[0])
-    features = place_features(
-        np.array(ids, np.int32), [engine.encode_image(image) for image in images], 270
-    )
+    tiles = [features for image in images for features in engine.encode_image(image)]
+    n_features = [len(image) * 4 for image in images]
+    features = PromptFeatures(tiles, feature_rows(np.array(ids, np.int32), n_features, 270))
     for sizes in ([1], [7, 3], [50, 1]):
         sequence, rows, first, turn = open_greedy(engine), [], 0, 0
         while first < len(ids):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from camelid.chat import ChatTemplate
 from camelid.errors import InvalidRequest, TemplateError, Unsupported
+from camelid.image_parts import ImagePart
 from camelid.tokenizer import Tokenizer
 from camelid.tokenizer_files import LLAMA4_PATTERN, Vocabulary, llama4_special_names
 
@@ -205,19 +206,19 @@ def image_message() -> Message:
 
 
 def test_images_without_a_handler_are_refused_by_name() -> None:
-    with pytest.raises(Unsupported, match="images: not supported by this version"):
+    with pytest.raises(Unsupported, match="no image_handler"):
         TEMPLATE.encode([image_message()])
 
 
 def test_image_handler_replaces_each_image_in_order() -> None:
     seen = []
 
-    def handler(part: Any) -> list[int]:
-        seen.append(part["image_url"]["url"])
+    def handler(part: ImagePart) -> list[int]:
+        seen.append((part.where, part.source))
         return [TOKENIZER.special_id("<|patch|>")]
 
     ids = TEMPLATE.encode([image_message()], image_handler=handler)
-    assert seen == ["data:"]
+    assert seen == [("messages[0].content[1]", "data:")]
     assert specials(ids).count("<|patch|>") == 1
     assert "<|image|>" not in specials(ids)
 

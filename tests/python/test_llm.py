@@ -319,7 +319,7 @@ def test_a_small_memory_is_planned_for(folder: Path) -> None:
         taken = parts["weight_bytes"] + parts["workspace_bytes"]
         memory = taken + llm._loop._core.kv_bytes_for(256) * 3 // 2
     with LLM(folder, device="cpu", threads=1, memory=memory) as llm:
-        fits = llm._kv_tokens
+        fits = llm._limits.kv_tokens
         assert 256 <= fits < 512
         with pytest.raises(CapacityError, match=f"hold {fits} tokens"):
             llm.generate("x", greedy(fits))
