@@ -13,6 +13,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +53,8 @@ def load_image(
     """Decode an image; of an animation, its first frame.
 
     Args:
-        source: An open image, the bytes of an image file, a `data:` URL, or a local path.
+        source: An open image, the bytes of an image file, a `data:` or `file:` URL, or a local
+            path.
         allow_files: Whether a path may be given. Servers pass False: a client's path would read
             the server's files.
 
@@ -69,7 +72,9 @@ def load_image(
         if source[:5].lower() == "data:":
             return _decode_bytes(_read_data_url(source), "the data URL's image")
         scheme = source[:32].partition("://")
-        if scheme[1]:
+        if scheme[0].lower() == "file" and scheme[1]:
+            source = _file_url_path(source)
+        elif scheme[1]:
             raise Unsupported(
                 f"[image] {scheme[0]!r} URLs are not fetched: this process would open connections "
                 "that a prompt chose. Download the image, and send its bytes or a data: URL."
@@ -181,6 +186,15 @@ def _too_many_bytes(where: str, n_bytes: int) -> InvalidRequest:
     return InvalidRequest(
         f"[image] {where} has {n_bytes} bytes, expected at most {MAX_BYTES}. Send a smaller one."
     )
+
+
+def _file_url_path(url: str) -> Path:
+    host, slash, path = url[len("file://") :].partition("/")
+    if host.lower() not in ("", "localhost") or not slash:
+        raise InvalidRequest(
+            f"[image] {shorten(url)} names no file of this machine, expected file:///path."
+        )
+    return Path("/" + unquote(path))
 
 
 def _read_data_url(url: str) -> bytes:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from camelid.config import VisionConfig
     from camelid.image_config import ImageConfig
+    from camelid.options import LoadOptions
 
 __all__ = ["ImageInputs", "tile_array"]
 
@@ -49,6 +50,18 @@ class ImageInputs:
         self._vision = vision
         self._allow_files = allow_files
         self._fetch = fetch
+
+    @classmethod
+    def from_options(
+        cls, folder: Path, vision: VisionConfig | None, options: LoadOptions
+    ) -> ImageInputs:
+        """Return what reads images as a model was loaded to do."""
+        fetch = None
+        if options.fetch_images:
+            from camelid.image_fetch import ImageFetcher
+
+            fetch = ImageFetcher().fetch
+        return cls(folder, vision, allow_files=options.image_files, fetch=fetch)
 
     def require_vision(self) -> VisionConfig:
         """Return the vision tower's config.

@@ -34,7 +34,7 @@ from camelid.image_encoder import ImageEncoder, PromptImages
 from camelid.image_inputs import ImageInputs, tile_array
 from camelid.limits import Limits, context_limit
 from camelid.loading import find_folder, load
-from camelid.options import LoadOptions, ResolvedSampling, SamplingParams
+from camelid.options import LoadOptions, ResolvedSampling, SamplingParams, params_for
 from camelid.progress import prefill_bar, prompts_bar, show
 from camelid.prompts import (
     Prompt,
@@ -45,11 +45,11 @@ from camelid.prompts import (
 )
 from camelid.report import show_bytes
 from camelid.request import (
+    Answer,
     Completion,
     Delta,
     GenerateRequest,
     LogitsRequest,
-    LogprobEntry,
     Request,
 )
 from camelid.tokenizer import Tokenizer
@@ -152,9 +152,7 @@ class LLM:
         self._loop = EngineLoop(
             loaded.core, max_step_tokens=_MAX_STEP_TOKENS, max_running=_MAX_RUNNING
         )
-        self._image_inputs = ImageInputs(
-            self._folder, self._config.vision, allow_files=options.image_files
-        )
+        self._image_inputs = ImageInputs.from_options(self._folder, self._config.vision, options)
         cache = FeatureCache(loaded.image_cache_bytes)
         self._image_encoder = ImageEncoder(self._loop, self._config, cache)
         # Also at interpreter exit, before its threads are stopped in the middle of anything.
@@ -209,9 +207,9 @@ class LLM:
         """
         many = [prompts] if is_one_prompt(prompts) else list(prompts)
         done: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
-        answers = [_Answer(done) for _ in many]
+        answers = [Answer(done.put) for _ in many]
         requests: list[Request] = []
-        each = _params_for(params, len(many))
+        each = params_for(params, len(many))
         for prompt, wanted, answer in zip(many, each, answers, strict=True):
             ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
             request = self._generate_request(ids, wanted.resolve(), answer.take)
@@ -241,7 +239,7 @@ class LLM:
         Raises:
             InvalidRequest: At once, if the prompt or a parameter cannot be served.
         """
-        (wanted,) = _params_for(params, 1)
+        (wanted,) = params_for(params, 1)
         ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
         events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         request = self._generate_request(ids, wanted.resolve(), events.put)
@@ -275,7 +273,7 @@ class LLM:
                 not allowed.
         """
         done: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
-        answer = _Answer(done)
+        answer = Answer(done.put)
         with self._running([self._chat_request(messages, params, tools, answer.take)]):
             event = self._loop.wait(done)
             if isinstance(event, Error):
@@ -445,7 +443,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None,
         deliver: Callable[[Delta | Error], None],
     ) -> GenerateRequest:
-        (wanted,) = _params_for(params, 1)
+        (wanted,) = params_for(params, 1)
         with self._template_lock:
             if self._template is None:
                 self._template = ChatTemplate.from_folder(self._folder, self.tokenizer)
@@ -466,38 +464,6 @@ class LLM:
         return PromptImages.place(ids, self._image_inputs.read(images), self._config)
 
 
-class _Answer:
-    """Gathers the deltas of one request and passes on the last of its events."""
-
-    def __init__(self, done: queue.SimpleQueue[Delta | Error]) -> None:
-        self._done = done
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[LogprobEntry] | None = None
-        self._last: Delta | None = None
-
-    def take(self, event: Delta | Error) -> None:
-        if isinstance(event, Delta):
-            self._texts.append(event.text)
-            self._token_ids += event.token_ids
-            if event.logprobs is not None:
-                self._logprobs = self._logprobs or []
-                self._logprobs += event.logprobs
-            if event.finish_reason is None:
-                return
-            self._last = event
-        self._done.put(event)
-
-    def completion(self) -> Completion:
-        last = self._last
-        assert last is not None, "only asked for after the last event"
-        assert last.finish_reason is not None
-        assert last.usage is not None
-        return Completion(
-            "".join(self._texts), self._token_ids, self._logprobs, last.finish_reason, last.usage
-        )
-
-
 def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
     from camelid import _core
 
@@ -511,22 +477,6 @@ def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
             "for fewer at once."
         )
     return np.empty((n_tokens, vocab_size), np.float32)
-
-
-def _params_for(params: Any, n_prompts: int) -> list[SamplingParams]:
-    """Return one SamplingParams for each prompt."""
-    each = list(params) if isinstance(params, (list, tuple)) else [params] * n_prompts
-    if len(each) != n_prompts:
-        raise InvalidRequest(
-            f"[options] got {len(each)} params for {n_prompts} prompts, expected one for all or "
-            "one for each."
-        )
-    for item in each:
-        if item is not None and not isinstance(item, SamplingParams):
-            raise InvalidRequest(
-                f"[options] params is {type(item).__name__}, expected camelid.SamplingParams."
-            )
-    return [SamplingParams() if item is None else item for item in each]
 
 
 def _find_tokenizer(folder: Path) -> Tokenizer | None:

@@ -19,7 +19,14 @@ from camelid.errors import InvalidRequest, Unsupported
 if TYPE_CHECKING:
     from camelid.config import GenerationDefaults
 
-__all__ = ["LoadOptions", "ResolvedSampling", "SamplingParams", "parse_count", "parse_size"]
+__all__ = [
+    "LoadOptions",
+    "ResolvedSampling",
+    "SamplingParams",
+    "params_for",
+    "parse_count",
+    "parse_size",
+]
 
 MAX_LOGPROBS = 20  # as OpenAI's top_logprobs
 MAX_STOPS = 64
@@ -169,6 +176,26 @@ def _advice(defaults: GenerationDefaults | None) -> dict[str, float | None]:
     if advised["top_p"] == 0.0:  # no set of tokens reaches it; transformers refuses it
         advised["top_p"] = None
     return advised
+
+
+def params_for(params: Any, n_prompts: int) -> list[SamplingParams]:
+    """Return one SamplingParams for each prompt.
+
+    Raises:
+        InvalidRequest: If `params` is none, nor a list of as many.
+    """
+    each = list(params) if isinstance(params, (list, tuple)) else [params] * n_prompts
+    if len(each) != n_prompts:
+        raise InvalidRequest(
+            f"[options] got {len(each)} params for {n_prompts} prompts, expected one for all or "
+            "one for each."
+        )
+    for item in each:
+        if item is not None and not isinstance(item, SamplingParams):
+            raise InvalidRequest(
+                f"[options] params is {type(item).__name__}, expected camelid.SamplingParams."
+            )
+    return [SamplingParams() if item is None else item for item in each]
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")

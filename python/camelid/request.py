@@ -321,3 +321,37 @@ class LogitsRequest(Request):
     def _end(self, reason: FinishReason) -> Delta:
         self.finished = True
         return Delta("", finish_reason=reason, usage=Usage(len(self.prompt), 0))
+
+
+class Answer:
+    """Gathers the deltas of one request and passes on the last of its events, to `at_end`."""
+
+    def __init__(self, at_end: Callable[[Delta | Error], None]) -> None:
+        self._at_end = at_end
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[LogprobEntry] | None = None
+        self._last: Delta | None = None
+
+    def take(self, event: Delta | Error) -> None:
+        """Take what the loop delivers."""
+        if isinstance(event, Delta):
+            self._texts.append(event.text)
+            self._token_ids += event.token_ids
+            if event.logprobs is not None:
+                self._logprobs = self._logprobs or []
+                self._logprobs += event.logprobs
+            if event.finish_reason is None:
+                return
+            self._last = event
+        self._at_end(event)
+
+    def completion(self) -> Completion:
+        """Return the whole answer."""
+        last = self._last
+        assert last is not None, "only asked for after the last event"
+        assert last.finish_reason is not None
+        assert last.usage is not None
+        return Completion(
+            "".join(self._texts), self._token_ids, self._logprobs, last.finish_reason, last.usage
+        )
