@@ -10,5 +10,6 @@ void bind_images(pybind11::module_& m);
 void bind_testing(pybind11::module_& m);  // submodule `testing`: single operations
 void bind_sampler_testing(pybind11::module_& testing);
 void bind_model_testing(pybind11::module_& testing);
+void bind_threads_testing(pybind11::module_& testing);
 
 }  // namespace camelid

@@ -12,7 +12,6 @@
 
 #include "base/arena.h"
 #include "base/error.h"
-#include "base/threads.h"
 #include "bind.h"
 #include "convert.h"
 #include "cpu/backend.h"
@@ -233,19 +232,6 @@ py::array_t<std::uint8_t> packed_bytes(const Matrix& matrix) {
                                    static_cast<const std::uint8_t*>(storage.data.get()));
 }
 
-// Runs `n_tasks` tasks that count their own runs; task `failing` throws. Returns the counts.
-std::vector<int> run_tasks(int threads, std::int64_t n_tasks, std::int64_t failing, int repeats) {
-  ThreadPool pool(threads);
-  std::vector<int> runs(static_cast<std::size_t>(n_tasks));
-  for (int repeat = 0; repeat < repeats; ++repeat) {
-    pool.parallel_for(n_tasks, [&](std::int64_t i, int) {
-      if (i == failing) fail(ErrorCode::kInternal, "[testing] task ", i, " fails");
-      ++runs[static_cast<std::size_t>(i)];
-    });
-  }
-  return runs;
-}
-
 std::vector<std::string> isas() {
   const auto names = cpu::supported_isas();
   return {names.begin(), names.end()};
@@ -289,8 +275,6 @@ void bind_testing(py::module_& m) {
   m.def("quantize_rows", &quantize, py::arg("rows").noconvert(), py::arg("bits"),
         py::arg("group_size"));
   m.def("read_rows", &read);
-  m.def("run_tasks", &run_tasks, py::arg("threads"), py::arg("n_tasks"), py::arg("failing") = -1,
-        py::arg("repeats") = 1);
   m.def("packed_bytes", &packed_bytes);
   m.def("isas", &isas);
 }

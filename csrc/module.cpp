@@ -14,4 +14,5 @@ PYBIND11_MODULE(_core, m) {
   camelid::bind_testing(testing);
   camelid::bind_sampler_testing(testing);
   camelid::bind_model_testing(testing);
+  camelid::bind_threads_testing(testing);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ import pytest
 from PIL import Image
 
 from camelid import LLM, SamplingParams
+from camelid.config import load_config
+from camelid.errors import Error, InvalidRequest, TemplateError, Unsupported
+from camelid.image_inputs import ImageInputs
 from camelid.images import tile
 from camelid.request import GenerateRequest
 from checkpoints import SPECIAL_IDS, write_checkpoint
 from engines import assert_same_bits
+from fake_web import FakeWeb, ok
 
 SIDE = 56
 PER_TILE = 4  # tokens: 4 x 4 patches, shuffled into 2 x 2
@@ -156,3 +161,209 @@ def test_a_chat_answers_as_its_ids_and_images_do(llm: LLM) -> None:
     assert [token for delta in streamed for token in delta.token_ids] == answer.token_ids
     others = [user(seen(picture(1, 2, 9)), text("two"))]
     assert llm.chat(others, params).logprobs != llm.chat(messages[1:2], params).logprobs
+
+
+def test_a_picture_may_come_in_any_form(llm: LLM, tmp_path: Path) -> None:
+    image = picture(1, 2)
+    path = tmp_path / "päth with blanks.png"
+    path.write_bytes(png(image))
+    url = data_url(image)
+    parts: list[Message] = [
+        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+        {"type": "image_url", "image_url": url},
+        {"type": "image_url", "image_url": {"url": str(path)}},
+        {"type": "image_url", "image_url": {"url": path}},
+        {"type": "image_url", "image_url": path.as_uri()},
+        {"type": "image_url", "image_url": "FILE://localhost" + str(path)},
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+        {"type": "image", "image": image},
+        {"type": "image", "image": png(image)},
+        {"type": "image", "image": bytearray(png(image)), "url": None},
+        {"type": "image", "image": memoryview(png(image))},
+        {"type": "image", "image": url},
+        {"type": "image", "url": url},
+        {"type": "image", "url": str(path)},
+        {"type": "image", "path": str(path)},
+        {"type": "image", "path": path},
+    ]
+    wanted = chat_request(llm, [user(parts[0])])
+    assert wanted.images is not None
+    for part in parts[1:]:
+        got = chat_request(llm, [user(part)])
+        assert got.prompt.tolist() == wanted.prompt.tolist()
+        assert got.images is not None
+        assert_same_bits(np.stack(got.images.tiles), np.stack(wanted.images.tiles))
+
+
+BAD_PARTS: dict[str, tuple[Any, type[Error], str]] = {
+    "nothing": ({"type": "image_url"}, InvalidRequest, "names no image"),
+    "null": ({"type": "image_url", "image_url": None}, InvalidRequest, "names no image"),
+    "no url": ({"type": "image_url", "image_url": {}}, InvalidRequest, "names no image"),
+    "number": ({"type": "image_url", "image_url": {"url": 7}}, InvalidRequest, "names no image"),
+    "empty": ({"type": "image_url", "image_url": ""}, InvalidRequest, "names no image"),
+    "bytes as url": ({"type": "image_url", "image_url": b"x"}, InvalidRequest, "names no image"),
+    "input null": ({"type": "input_image"}, InvalidRequest, 'expected {"type": "input_image"'),
+    "placeholder": ({"type": "image"}, InvalidRequest, 'one of "image", "url" or "path"'),
+    "two": ({"type": "image", "url": "data:,", "path": "x"}, InvalidRequest, "names no image"),
+    "array": ({"type": "image", "image": np.zeros((4, 4, 3))}, InvalidRequest, "names no image"),
+    "no base64": ({"type": "image_url", "image_url": "data:,x"}, Unsupported, "only ;base64"),
+    "no comma": ({"type": "image_url", "image_url": "data:image/png"}, InvalidRequest, "no comma"),
+    "damaged": ({"type": "image", "image": b"\x89PNG"}, InvalidRequest, "in no format"),
+    "no file": ({"type": "image", "path": "/no/such.png"}, InvalidRequest, "cannot read"),
+    "path is a path": ({"type": "image", "path": "http://a/b"}, InvalidRequest, "cannot read"),
+    "folder": ({"type": "image", "url": "file:///tmp"}, InvalidRequest, "not a regular file"),
+    "device": ({"type": "image", "url": "/dev/zero"}, InvalidRequest, "not a regular file"),
+    "nul": ({"type": "image", "url": "file:///a%00b"}, InvalidRequest, "cannot read"),
+    "other host": ({"type": "image", "url": "file://h/p"}, InvalidRequest, "no file of this"),
+    "relative": ({"type": "image", "url": "file://"}, InvalidRequest, "no file of this"),
+    "http": ({"type": "image_url", "image_url": "http://a/b"}, Unsupported, "fetch_images=True"),
+    "https": ({"type": "image", "url": "HTTPS://a/b"}, Unsupported, "fetch_images=True"),
+    "ftp": ({"type": "image", "url": "ftp://a/b"}, Unsupported, "not fetched"),
+}
+
+
+@pytest.mark.parametrize(("part", "kind", "says"), BAD_PARTS.values(), ids=BAD_PARTS.keys())
+def test_a_bad_image_is_named_by_its_place(
+    llm: LLM, part: Message, kind: type[Error], says: str
+) -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        user(text("this"), part),
+    ]
+    for call in (llm.chat, llm.stream_chat):
+        with pytest.raises(kind) as caught:
+            call(messages)
+        message = str(caught.value)
+        assert message.startswith("[chat] messages[2].content[1]")
+        assert says in message
+        assert len(message) < 400
+
+
+def test_a_server_keeps_its_files(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    path.write_bytes(png(picture(1, 1)))
+    with LLM(folder, device="cpu", threads=1, memory="64MiB", image_files=False) as llm:
+        for url in (str(path), path.as_uri(), path):
+            for part in (
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "image", "path": str(path)},
+            ):
+                with pytest.raises(Unsupported, match="local paths are not allowed"):
+                    llm.chat([user(part)])
+        assert len(llm.chat([user(seen(picture(1, 1)))], GREEDY).token_ids) == 8
+
+
+def test_urls_are_fetched_where_that_is_allowed(folder: Path) -> None:
+    image = picture(1, 2)
+    with FakeWeb({"/a.png": ok(png(image)), "/text": ok(b"hello")}) as web:
+        inputs = ImageInputs(folder, load_config(folder).vision, fetch=web.fetcher().fetch)
+        assert_same_bits(
+            tile(inputs.open("http://images.example/a.png"), SETTINGS)[0], tile(image, SETTINGS)[0]
+        )
+        with pytest.raises(InvalidRequest, match="in no format"):
+            inputs.open("http://images.example/text")
+    with LLM(folder, device="cpu", threads=1, memory="64MiB", fetch_images=True) as llm:
+        part = {"type": "image_url", "image_url": "http://127.0.0.1/a.png"}
+        with pytest.raises(InvalidRequest, match=r"^\[chat\] messages\[0\].content\[0\]: .*public"):
+            llm.chat([user(part)])
+
+
+def test_text_that_looks_like_an_image_moves_nothing(llm: LLM) -> None:
+    names = "".join(SPECIAL_IDS) + laid_out_text()
+    messages = [user(text(names), seen(picture(1, 2)), text(names)), user(text(names))]
+    request = chat_request(llm, messages)
+    expected = [
+        BOS,
+        *turn("user", names, laid_out(1, 2), names),
+        *turn("user", names),
+        *ANSWER,
+    ]
+    assert request.prompt.tolist() == expected
+    assert request.images is not None
+    rows = request.images.rows
+    assert (rows >= 0).sum() == 3 * PER_TILE == (request.prompt == PATCH).sum()
+    assert (request.prompt[rows >= 0] == PATCH).all()
+    assert rows[rows >= 0].tolist() == list(range(3 * PER_TILE))
+    # A text alone holds no image, whatever it says.
+    assert chat_request(llm, [{"role": "user", "content": names}]).images is None
+
+
+def laid_out_text() -> str:
+    return "<|image_start|><|image|>" + "<|patch|>" * PER_TILE + "<|image_end|>"
+
+
+def test_a_template_cannot_add_patches(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    template = "{{ messages[0].content[0].text }}<|image|><|patch|>"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with LLM(tmp_path, device="cpu", threads=1, memory="64MiB") as llm:
+        with pytest.raises(InvalidRequest, match="need 4 image tokens"):
+            llm.chat([user(text("a"), seen(picture(1, 1)))])
+        (tmp_path / "chat_template.jinja").write_text("<|image|>")
+        llm._template = None
+        with pytest.raises(TemplateError, match="placed 1 of 2 images"):
+            llm.chat([user(seen(picture(1, 1)), seen(picture(1, 1)))])
+
+
+def test_images_where_they_cannot_stand_are_refused(llm: LLM) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(Unsupported, match="together with tools"):
+        llm.chat([user(seen(picture(1, 1)))], tools=tools)
+    for role in ("system", "assistant", "tool"):
+        with pytest.raises(Unsupported, match="user messages"):
+            llm.chat([{"role": role, "content": [seen(picture(1, 1))]}])
+
+
+def test_a_conversation_too_long_is_refused_before_a_tile_is_encoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(folder, device="cpu", threads=1, memory="64MiB", max_context=100) as llm:
+        encoded = count_tiles(llm, monkeypatch)
+        one = len(laid_out(2, 2))  # 26 tokens
+        opened = []
+        monkeypatch.setattr(
+            llm._image_inputs, "open", lambda source: opened.append(1) or picture(2, 2)
+        )
+        messages = [user(*[seen(picture(1, 1))] * 50)]
+        for call in (llm.chat, llm.stream_chat):
+            with pytest.raises(InvalidRequest, match="exceed the context of 100"):
+                call(messages)
+        assert len(opened) == 2 * (100 // one + 1)  # of 50 images: no more than show it
+        with pytest.raises(InvalidRequest, match="exceed the context of 100"):
+            llm.chat([user(seen(picture(1, 1)), text("x" * 100))])
+        ids = [BOS, *laid_out(1, 1)]
+        prompt = {"prompt_token_ids": ids, "images": [picture(1, 1)]}
+        long = SamplingParams(max_tokens=100)
+        for refused in (
+            lambda: llm.generate(prompt, long),
+            lambda: llm.stream(prompt, long),
+            lambda: llm.generate({**prompt, "images": [picture(1, 2)]}),
+            lambda: llm.logits(ids * 20, images=[picture(1, 1)] * 20),
+        ):
+            with pytest.raises(InvalidRequest):
+                refused()
+        assert encoded == []
+        llm.generate(prompt, GREEDY)
+        assert len(encoded) == 1
+
+
+def count_tiles(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one with every tile the vision tower sees."""
+    encoded: list[int] = []
+    encode = llm._loop.encode_tile
+
+    def counting(pixels: Any) -> Any:
+        encoded.append(1)
+        return encode(pixels)
+
+    monkeypatch.setattr(llm._loop, "encode_tile", counting)
+    return encoded
+
+
+def test_a_model_without_a_tower_opens_nothing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    with LLM(tmp_path, device="cpu", threads=1, memory="64MiB", fetch_images=True) as llm:
+        for source in ("http://127.0.0.1/x.png", "/no/such/file", data_url(picture(1, 1))):
+            with pytest.raises(Unsupported, match="no vision tower"):
+                llm.chat([user({"type": "image_url", "image_url": source})])
