@@ -217,7 +217,7 @@ class LoadOptions:
     threads: int | None = None
     image_files: bool = True
     fetch_images: bool = False
-    image_cache: int | None = None  # bytes; 0: none
+    image_cache: int | None = None  # bytes; 0: none; None: what fits
 
     @classmethod
     def parse(
@@ -294,9 +294,9 @@ def parse_size(name: str, value: int | str) -> int:
 
 
 def _cache_size(value: int | str | None) -> int | None:
-    if value is None or _whole(value) == 0:  # None: what fits; 0: no cache
-        return value  # type: ignore[return-value]
-    return parse_size("image_cache", value)
+    if value is None:
+        return None
+    return 0 if value == "0" or _whole(value) == 0 else parse_size("image_cache", value)
 
 
 def _scaled(digits: str, unit: int) -> int:

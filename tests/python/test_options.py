@@ -190,3 +190,18 @@ def test_a_hostile_repr_does_not_hide_the_error() -> None:
         SamplingParams(temperature=Nasty())  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="stop"):
         SamplingParams(stop=SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_options_of_images() -> None:
+    parse = LoadOptions.parse
+    usual = parse()
+    assert (usual.image_files, usual.fetch_images, usual.image_cache) == (True, False, None)
+    for value, wanted in ((0, 0), ("0", 0), (np.int64(0), 0), ("256MiB", 256 << 20), (7, 7)):
+        assert parse(image_cache=value).image_cache == wanted  # type: ignore[arg-type]
+    for value in (-1, "", "much", 1.5, True, False):
+        with pytest.raises(InvalidRequest, match="image_cache"):
+            parse(image_cache=value)  # type: ignore[arg-type]
+    for name in ("image_files", "fetch_images"):
+        for flag in (1, 0, "no", None):
+            with pytest.raises(InvalidRequest, match=name):
+                parse(**{name: flag})  # type: ignore[arg-type]
