@@ -85,10 +85,22 @@ def test_animation_gives_its_first_frame() -> None:
         assert tuple(rgb_pixels(load_image(data))[0, 0]) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("url", ["http://a/b.png", "https://a/b.png", "HTTPS://a", "file:///b.png"])
+@pytest.mark.parametrize("url", ["http://a/b.png", "https://a/b.png", "HTTPS://a", "ftp://a/b.png"])
 def test_urls_are_not_fetched(url: str) -> None:
     with pytest.raises(Unsupported, match=r"URLs are not fetched.*data: URL"):
         load_image(url)
+
+
+def test_file_urls_are_paths(tmp_path: Path) -> None:
+    path = tmp_path / "a b%é.png"
+    path.write_bytes(encoded(picture()))
+    for url in (path.as_uri(), path.as_uri().replace("file://", "FILE://localhost")):
+        assert load_image(url).size == (6, 4)
+        with pytest.raises(Unsupported, match="local paths"):
+            load_image(url, allow_files=False)
+    for url in ("file://", "file://other/a.png", "file://a.png"):
+        with pytest.raises(InvalidRequest, match="no file of this machine"):
+            load_image(url)
 
 
 def test_paths_can_be_forbidden(tmp_path: Path) -> None:
