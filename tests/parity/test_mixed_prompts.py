@@ -1,0 +1,96 @@
+"""Prompts of text and images on many models against transformers, and what may not change them.
+
+The variants are those of tests/mixed_variants.py, their goldens tools/make_mixed_goldens.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from camelid import LLM, SamplingParams
+from camelid._core import testing
+from checkpoints import Weights
+from engines import assert_close, assert_same_bits
+from mixed_variants import GOLDENS, MIXED_VARIANTS, N_GREEDY, MixedVariant, direction
+from variants import digest
+
+TOLERANCE = 2e-3  # standard deviations of the logits; measured: 2e-4 at most of 420 random models
+ALL = [variant.name for variant in MIXED_VARIANTS]
+# The other instruction sets differ in kernels; these meet all of them.
+FOR_EACH_ISA = ["maverick_like", "odd_shapes", "int4_tower", "int8_tower"]
+CASES = [(name, testing.isas()[0]) for name in ALL] + [
+    (name, isa) for isa in testing.isas()[1:] for name in FOR_EACH_ISA
+]
+GREEDY = SamplingParams(max_tokens=N_GREEDY, temperature=0.0, ignore_eos=True, logprobs=2)
+
+
+def variant_of(name: str) -> MixedVariant:
+    return next(variant for variant in MIXED_VARIANTS if variant.name == name)
+
+
+def golden(name: str, weights: Weights) -> dict[str, Any]:
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        wanted = dict(file)
+    assert digest(weights) == str(wanted["digest"]), "run tools/make_mixed_goldens.py"
+    return wanted
+
+
+@pytest.mark.parametrize(("name", "isa"), CASES)
+def test_logits_and_greedy_tokens_equal_transformers(
+    name: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAMELID_CPU_ISA", isa)
+    variant = variant_of(name)
+    wanted = golden(name, variant.write(tmp_path))
+    ids, images = variant.prompt()
+    with LLM(tmp_path, device="cpu", threads=2) as llm:
+        logits = llm.logits(ids, images=images)
+        (answer,) = llm.generate({"prompt_token_ids": ids, "images": images}, GREEDY)
+    std = float(wanted["std"])
+    some = logits[np.ix_(wanted["rows"], wanted["columns"])]
+    assert_close(some, wanted["logits"], std=std, tolerance=TOLERANCE)
+    assert_close(logits[-1], wanted["last"], std=std, tolerance=TOLERANCE, what="last logits")
+    projected = logits @ direction(logits.shape[1])
+    assert_close(projected, wanted["projected"], std=std, tolerance=TOLERANCE, what="projections")
+    assert answer.token_ids == wanted["greedy"].tolist()
+
+
+@pytest.mark.parametrize("compute", ["exact", "fast"])
+@pytest.mark.parametrize("name", ["chunk_below_a_tile", "int4_tower"])
+def test_answers_are_the_same_alone_and_in_company(name: str, compute: str, tmp_path: Path) -> None:
+    """More requests of text and images than a step holds, so that steps cut images anywhere."""
+    variant = variant_of(name)
+    variant.write(tmp_path)
+    prompts: list[dict[str, Any]] = []
+    for seed in range(12):
+        parts = (seed, *variant.parts, (1, 1 + seed % 4), 7)
+        ids, images = replace(variant, parts=parts, prompt_seed=seed).prompt()
+        prompts.append({"prompt_token_ids": ids, "images": images})
+        prompts.append({"prompt_token_ids": ids[-2 - seed // 2 :]})  # words alone
+    assert sum(len(prompt["prompt_token_ids"]) for prompt in prompts) > 700  # a step takes 512
+    with LLM(tmp_path, device="cpu", threads=2, compute=compute) as llm:
+        together = llm.generate(prompts, GREEDY)
+        for prompt, answer in zip(prompts, together, strict=True):
+            (alone,) = llm.generate(prompt, GREEDY)
+            assert alone.token_ids == answer.token_ids
+            assert answer.logprobs
+            assert alone.logprobs == answer.logprobs  # to the bit
+
+
+def test_logits_of_a_long_image_are_the_same_beside_answers(tmp_path: Path) -> None:
+    """17 tiles of 144 tokens take five steps, which share their tokens with what else runs."""
+    variant = variant_of("seventeen_tiles")
+    variant.write(tmp_path)
+    ids, images = variant.prompt()
+    with LLM(tmp_path, device="cpu", threads=2) as llm:
+        wanted = llm.logits(ids, images=images)
+        params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+        answers = llm.stream(list(range(37)), params)
+        next(iter(answers))
+        assert_same_bits(llm.logits(ids, images=images), wanted)
+        assert sum(len(delta.token_ids) for delta in answers) == 39
