@@ -261,4 +261,29 @@ MIXED_VARIANTS: tuple[MixedVariant, ...] = (
         quantization=Quantization(group_size=16, symmetric=False, ignore=_WITH_TOWER),
         vision=_tower(32, 2, image_size=56),
     ),
+    # Groups of 128 and blocks of 128 activations, without routers: what compute="fast" rounds, and
+    # no expert that is chosen by a hair.
+    MixedVariant(
+        "wide_dense",
+        (_BOS, 20, (2, 2), 30, (1, 1), 40),
+        text={
+            "hidden_size": 256,
+            "head_dim": 64,
+            "num_attention_heads": 4,
+            "intermediate_size_mlp": 512,
+            "interleave_moe_layer_step": 9,
+            "attention_chunk_size": 64,
+        },
+        dtype="BF16",
+        quantization=Quantization(group_size=128, ignore=_WITH_TOWER),
+        vision=_tower(
+            128,
+            4,
+            image_size=112,
+            num_hidden_layers=3,
+            projector_input_dim=128,
+            projector_output_dim=128,
+            vision_output_dim=128,
+        ),
+    ),
 )
