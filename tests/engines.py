@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from camelid import _core
 from camelid.checkpoint import Checkpoint, account
+from camelid.features import Features, PromptFeatures, feature_rows, join_features
 from camelid.sources import (
     embedding_source,
     final_norm_source,
@@ -49,19 +50,35 @@ def step(
     engine: _core.Engine,
     parts: Sequence[tuple[int, Sequence[int]]],
     output: int | Sequence[int] = LOGITS,
+    features: Features | None = None,
 ) -> _core.StepResult:
-    """Run (sequence, tokens) pairs in one step."""
+    """Run (sequence, tokens) pairs in one step; `features` are those of all its tokens."""
     outputs = [output] * len(parts) if isinstance(output, int) else output
     return engine.step(
         np.array([sequence for sequence, _ in parts], np.int64),
         np.array([len(tokens) for _, tokens in parts], np.int32),
         np.array([token for _, tokens in parts for token in tokens], np.int32),
         np.array(outputs, np.uint8),
+        features=None if features is None else features.values,
+        feature_rows=None if features is None else features.rows,
     )
 
 
+def encode_images(
+    engine: _core.Engine, ids: Sequence[int], images: Sequence[NDArray[np.float32]], patch_id: int
+) -> PromptFeatures:
+    """Return the features of a prompt's images, each encoded in one call."""
+    encoded = [engine.encode_image(image) for image in images]
+    n_features = [image.shape[0] * image.shape[1] for image in encoded]
+    rows = feature_rows(np.array(ids, np.int32), n_features, patch_id)
+    return PromptFeatures([tile for image in encoded for tile in image], rows)
+
+
 def logits_in_pieces(
-    engine: _core.Engine, tokens: Sequence[int], sizes: Sequence[int]
+    engine: _core.Engine,
+    tokens: Sequence[int],
+    sizes: Sequence[int],
+    features: PromptFeatures | None = None,
 ) -> NDArray[np.float32]:
     """Return the logits of a fresh sequence that runs `sizes` tokens at a time, cycling."""
     sequence = open_greedy(engine)
@@ -69,7 +86,9 @@ def logits_in_pieces(
     first = turn = 0
     while first < len(tokens):
         n = sizes[turn % len(sizes)]
-        rows.append(step(engine, [(sequence, tokens[first : first + n])]).logits)
+        part = tokens[first : first + n]
+        held = features and join_features([features.part(first, n)], [len(part)])
+        rows.append(step(engine, [(sequence, part)], features=held).logits)
         first += n
         turn += 1
     engine.check_invariants()

@@ -33,10 +33,10 @@ _MAX_REFERENCE_DIFFERENCE = 1e-4
 _COLUMN_STEP = 13  # every 13th column of every row is stored, and the last row whole
 
 
-def load(folder: Path, weights: Weights, variant: Variant) -> torch.nn.Module:
-    """Return the folder's model in float32, by way of plain float32 where it is quantised."""
+def load(folder: Path, weights: Weights, *, as_stored: bool, vision: bool) -> torch.nn.Module:
+    """Return the folder's model in float32, by way of plain float32 unless `as_stored`."""
     config = json.loads((folder / "config.json").read_text())
-    if variant.quantization is not None or variant.fused is False:
+    if not as_stored:
         config.pop("quantization_config", None)
         folder = folder / "plain"
         folder.mkdir()
@@ -46,7 +46,7 @@ def load(folder: Path, weights: Weights, variant: Variant) -> torch.nn.Module:
     if text["attention_chunk_size"] is None:  # its mask function refuses null, which means this
         text["attention_chunk_size"] = 1 << 20
     (folder / "config.json").write_text(json.dumps(config))
-    kind = Llama4ForConditionalGeneration if variant.vision else Llama4ForCausalLM
+    kind = Llama4ForConditionalGeneration if vision else Llama4ForCausalLM
     model, report = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -91,7 +91,8 @@ def make(variant: Variant) -> None:
         folder = Path(name)
         weights = variant.write(folder)
         config = json.loads((folder / "config.json").read_text())
-        model = load(folder, weights, variant)
+        as_stored = variant.quantization is None and variant.fused is not False
+        model = load(folder, weights, as_stored=as_stored, vision=variant.vision)
     wanted = variant.prompt_seed
     for prompt_seed in range(wanted, wanted + 100):
         variant = replace(variant, prompt_seed=prompt_seed)

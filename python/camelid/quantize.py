@@ -91,6 +91,7 @@ class _Job:
     scheme: Scheme
     ignore: Matcher
     threads: int
+    vision: bool
 
     @property
     def config(self) -> ModelConfig:
@@ -103,6 +104,7 @@ def quantize(
     *,
     weights: str = "int4",
     group_size: int = 128,
+    vision: bool = False,
     ignore: Iterable[str] = (),
     progress: Progress | None = None,
     threads: int | None = None,
@@ -111,20 +113,23 @@ def quantize(
     """Write a quantised copy of the checkpoint in `src` to the new folder `dst`.
 
     Attention, experts, shared experts and dense layers are quantised, symmetric, from the values
-    alone; embeddings, head, router, norms and vision stay as they are.
+    alone; embeddings, head, router and norms stay as they are, and the vision tower unless asked
+    for.
 
     Args:
         src: Folder of an unquantised checkpoint; only read.
         dst: Folder to create; it appears when all is written and not before.
         weights: "int4" or "int8".
         group_size: Values along the input that share a scale; 0 for one scale per row.
+        vision: Quantise the vision tower too, all but its patch embedding. llm-compressor's recipes
+            leave towers plain, and some engines read no others.
         ignore: Further modules to leave alone: names, or `re:` patterns.
         progress: Called after every linear and copied tensor.
         threads: Threads to quantise with; None for all physical cores.
         max_shard_bytes: Bytes of tensors in one file, unless a single tensor is larger.
 
     Raises:
-        InvalidRequest: If an option or `dst` is unusable.
+        InvalidRequest: If an option or `dst` is unusable, or `vision` meets no tower.
         CheckpointError: If `src` is damaged, or a linear does not divide into groups.
         CapacityError: If the disk is too small.
         Unsupported: If `src` is quantised already.
@@ -139,7 +144,11 @@ def quantize(
                 "BF16 checkpoint."
             )
         account(checkpoint)
-        job = _Job(checkpoint, scheme, Matcher(tuple(ignore)), threads or 0)
+        if vision and checkpoint.config.vision is None:
+            raise InvalidRequest(
+                f"[quantize] {source} has no vision tower to quantise. Leave vision out."
+            )
+        job = _Job(checkpoint, scheme, Matcher(tuple(ignore)), threads or 0, vision)
         _check_groups(job)
         outputs = list(_plan(job))
         shards = _shards(outputs, max(1, max_shard_bytes))
@@ -198,14 +207,28 @@ def _check_space(target: Path, planned: int) -> None:
         )
 
 
-def _all_linears(config: ModelConfig) -> Iterator[Linear]:
+def _all_linears(job: _Job) -> Iterator[Linear]:
     """Yield what can be quantised; routers are not."""
-    for layer in range(config.n_layers):
-        yield from layer_linears(config, layer, with_experts=True, with_router=False)
+    for layer in range(job.config.n_layers):
+        yield from layer_linears(job.config, layer, with_experts=True, with_router=False)
+    yield from _tower_linears(job)
 
 
-def _untouched(config: ModelConfig) -> list[str]:
+def _tower_linears(job: _Job) -> Iterator[Linear]:
+    """Yield what is quantised of the tower: nothing unless asked for.
+
+    Never the patch embedding. Everything seen comes through it, it is a thousandth of the tower,
+    and the 588 inputs of the released one fall into no groups.
+    """
+    if job.vision and job.config.vision is not None:
+        for linear, _ in vision_linears(job.config.vision, job.config.dim):
+            if not linear.name.endswith("patch_embedding.linear"):
+                yield linear
+
+
+def _untouched(job: _Job) -> list[str]:
     """Return the linears that are never quantised."""
+    config = job.config
     names = [
         router_linear(config, layer).name
         for layer in range(config.n_layers)
@@ -213,18 +236,20 @@ def _untouched(config: ModelConfig) -> list[str]:
     ]
     names.append(head_name(config))
     if config.vision is not None:
-        names += [linear.name for linear, _ in vision_linears(config.vision, config.dim)]
+        tower = {linear.name for linear in _tower_linears(job)}
+        linears = (linear.name for linear, _ in vision_linears(config.vision, config.dim))
+        names += [name for name in linears if name not in tower]
     return names
 
 
 def _quantised_linears(job: _Job) -> Iterator[Linear]:
-    return (linear for linear in _all_linears(job.config) if not job.ignore.matches(linear.name))
+    return (linear for linear in _all_linears(job) if not job.ignore.matches(linear.name))
 
 
 def _kept_linears(job: _Job) -> list[str]:
     """Return every linear that stays plain, by name: the `ignore` of the written config."""
-    asked = [linear.name for linear in _all_linears(job.config) if job.ignore.matches(linear.name)]
-    return asked + _untouched(job.config)
+    asked = [linear.name for linear in _all_linears(job) if job.ignore.matches(linear.name)]
+    return asked + _untouched(job)
 
 
 def _plan(job: _Job) -> Iterator[_Output]:
@@ -232,16 +257,16 @@ def _plan(job: _Job) -> Iterator[_Output]:
     checkpoint, config = job.checkpoint, job.config
     taken: set[str] = set()
     quantised: dict[str, list[_Output]] = {}
+    single = list(_tower_linears(job))
     for layer in range(config.n_layers):
-        for linear in layer_linears(config, layer, with_experts=False, with_router=False):
-            if not job.ignore.matches(linear.name):
-                name = f"{linear.name}.weight"
-                quantised[name] = [_linear_output(job, linear)]
-                taken.add(name)
+        single += layer_linears(config, layer, with_experts=False, with_router=False)
         if config.is_moe_layer[layer]:
             first, names, outputs = _expert_outputs(job, layer)
             quantised[first] = outputs
             taken |= names
+    for linear in single:
+        if not job.ignore.matches(linear.name):
+            quantised[f"{linear.name}.weight"] = [_linear_output(job, linear)]
     for entry in checkpoint.tensors.values():
         if entry.name in quantised:
             yield from quantised[entry.name]

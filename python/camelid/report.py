@@ -161,7 +161,10 @@ def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "store
         choice = "bf16" if weights == "bf16" else "auto"
         for linear, _ in vision_linears(config.vision, config.dim):
             held = _held(checkpoint, linear)
-            parts["vision"].loaded_bytes += _packed_bytes(linear, held, choice)
+            n_bytes = _packed_bytes(linear, held, choice)
+            parts["vision"].loaded_bytes += n_bytes
+            if choice == "auto" and held.quantised:
+                parts["vision"].quantised_bytes += n_bytes
     return Report(
         folder=str(checkpoint.folder),
         architecture=config.architecture,

@@ -12,12 +12,18 @@ from PIL import Image
 
 import camelid
 from camelid import LLM, SamplingParams
-from camelid.features import PromptFeatures, feature_rows, join_features
 from camelid.images import tile
 from checkpoints import Weights, write_checkpoint
-from engines import assert_close, assert_same_bits, open_engine, open_greedy
+from engines import (
+    assert_close,
+    assert_same_bits,
+    encode_images,
+    logits_in_pieces,
+    open_engine,
+    open_greedy,
+)
 from variants import digest
-from vision_variants import MIXED, mixed_prompt, write_mixed
+from vision_variants import MIXED, PATCH, mixed_prompt, write_mixed
 
 TOLERANCE = 2e-3  # standard deviations of the logits
 
@@ -52,26 +58,9 @@ def test_logits_do_not_depend_on_where_an_image_is_cut(
     ids, images = mixed_prompt()
     whole = llm.logits(ids, images=images)
     engine = open_engine(model[0])
-    tiles = [features for image in images for features in engine.encode_image(image)]
-    n_features = [len(image) * 4 for image in images]
-    features = PromptFeatures(tiles, feature_rows(np.array(ids, np.int32), n_features, 270))
+    features = encode_images(engine, ids, images, PATCH)
     for sizes in ([1], [7, 3], [50, 1]):
-        sequence, rows, first, turn = open_greedy(engine), [], 0, 0
-        while first < len(ids):
-            n = min(sizes[turn % len(sizes)], len(ids) - first)
-            part = join_features([features.part(first, n)], [n])
-            result = engine.step(
-                np.array([sequence], np.int64),
-                np.array([n], np.int32),
-                np.array(ids[first : first + n], np.int32),
-                np.array([2], np.uint8),
-                features=None if part is None else part.values,
-                feature_rows=None if part is None else part.rows,
-            )
-            rows.append(result.logits)
-            first, turn = first + n, turn + 1
-        engine.close_sequence(sequence)
-        assert_same_bits(np.concatenate(rows), whole)
+        assert_same_bits(logits_in_pieces(engine, ids, sizes, features), whole)
 
 
 def test_answers_to_images_are_the_same_alone_and_beside_text(llm: LLM) -> None:

@@ -126,6 +126,18 @@ def test_quantize_inspect_and_run_the_result(folder: str, tmp_path: Path, capsys
     assert capsys.readouterr().err.count("\n") <= 2
 
 
+def test_quantize_takes_a_tower_along_when_asked(tmp_path: Path, capsys: Any) -> None:
+    write_checkpoint(tmp_path / "m", vision=True)
+    sizes = []
+    for flags in ([], ["--vision"]):
+        target = str(tmp_path / "-".join(["small", *flags]))
+        assert main(["quantize", str(tmp_path / "m"), target, "--group-size", "16", *flags]) == 0
+        assert "are int4" in capsys.readouterr().out
+        assert main(["inspect", target, "--json", "--memory", "1GiB"]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["parts"]["vision"]["loaded_bytes"])
+    assert sizes[1] < sizes[0] / 2
+
+
 def test_inspect_counts_what_the_demo_model_weighs(capsys: Any) -> None:
     assert main(["inspect", DEMO, "--json", "--memory", "64MiB"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -1,9 +1,19 @@
-"""The special tokens of an image in a prompt, written out by hand."""
+"""The special tokens of an image in a prompt: written out by hand, and as Llama4Processor's.
+
+data/layout_goldens.json is written by tools/make_layout_goldens.py.
+"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from camelid.config import VisionConfig
 from camelid.errors import InvalidRequest
 from camelid.image_prompt import image_ids, image_text, n_image_tokens
 
@@ -17,6 +27,9 @@ IDS = {
     "<|patch|>": 200092,
 }
 START, END, X, Y, OVERVIEW, P = IDS.values()
+GOLDENS = json.loads(
+    (Path(__file__).parents[1] / "data" / "layout_goldens.json").read_text(encoding="utf-8")
+)
 
 
 def test_one_tile_has_no_separators() -> None:
@@ -57,6 +70,34 @@ def test_seventeen_tiles() -> None:
     assert ids == [START, *row, *row, *row, *row, OVERVIEW, *tile, END]
     assert len(ids) == 2467
     assert ids.count(P) == 17 * 144
+
+
+def tower(side: int, patch_size: int, ratio: float) -> VisionConfig:
+    known = {"image_size": side, "patch_size": patch_size, "pixel_shuffle_ratio": ratio}
+    return VisionConfig(**{field.name: known.get(field.name, 1) for field in fields(VisionConfig)})
+
+
+def names(layout: str) -> list[str]:
+    """Spell a golden out: "patch*144" is that many."""
+    runs = (run.split("*") for run in layout.split())
+    return list(chain.from_iterable(repeat(f"<|{name}|>", int(*n or "1")) for name, *n in runs))
+
+
+@pytest.mark.parametrize(
+    "golden", GOLDENS, ids=lambda g: f"{g['side']}-{g['grid'][0]}x{g['grid'][1]}"
+)
+def test_layout_is_that_of_transformers(golden: dict[str, Any]) -> None:
+    rows, columns = golden["grid"]
+    n = tower(golden["side"], golden["patch_size"], golden["ratio"]).tokens_per_tile
+    wanted = names(golden["layout"])
+    assert image_text((rows, columns), n) == "".join(wanted)
+    assert image_ids((rows, columns), n, IDS.__getitem__) == [IDS[name] for name in wanted]
+    assert n_image_tokens((rows, columns), n) == len(wanted)
+
+
+def test_layouts_are_recorded_of_every_canvas() -> None:
+    released = {tuple(golden["grid"]) for golden in GOLDENS if golden["side"] == 336}
+    assert released == {(r, c) for r in range(1, 17) for c in range(1, 17) if r * c <= 16}
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 1), (2, 3), (4, 4), (1, 16)])

@@ -42,6 +42,17 @@ def test_large_quantised_models_are_fast(tmp_path: Path, monkeypatch: pytest.Mon
     assert planned(tmp_path / "f32", weights="int4") == LoadPlan("int4", "fast", "int8", "bf16")
 
 
+def test_a_quantised_tower_counts_as_quantised_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ("re:.*language_model.*", "re:.*patch_embedding.*")
+    quantization = Quantization(bits=8, group_size=16, ignore=text)
+    write_checkpoint(tmp_path, vision=True, quantization=quantization, fused=True)
+    assert planned(tmp_path).compute == "exact"
+    monkeypatch.setattr(plan, "FAST_FROM_BYTES", 1)
+    assert planned(tmp_path).compute == "fast"
+
+
 def test_wishes_are_kept_whatever_the_size(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", quantization=Quantization(bits=4, group_size=32))
     assert planned(tmp_path / "m", compute="fast").compute == "fast"

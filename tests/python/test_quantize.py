@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from camelid.checkpoint import Checkpoint, account
 from camelid.errors import CapacityError, CheckpointError, InvalidRequest, Unsupported
+from camelid.layout import vision_linears
 from camelid.quantization import Scheme
-from camelid.sources import LinearSource, head_source, layer_sources
+from camelid.sources import LinearSource, head_source, layer_sources, linear_source
 from checkpoints import Quantization, bf16_bits, pack, source_values, write_checkpoint
 from checkpoints import quantize as reference_quantize
 
@@ -115,6 +116,58 @@ def test_config_is_what_llm_compressor_writes(tmp_path: Path) -> None:
     assert "vision_model.model.layers.1.self_attn.q_proj" in section["ignore"]
     assert "multi_modal_projector.linear_1" in section["ignore"]
     assert not any("experts" in name for name in section["ignore"])
+
+
+@pytest.mark.parametrize(("weights", "group_size"), [("int4", 16), ("int8", 0)])
+def test_vision_tower_is_quantised_when_asked_for(
+    tmp_path: Path, weights: str, group_size: int
+) -> None:
+    write_checkpoint(tmp_path / "src", vision=True, dtype="BF16")
+    result = quantize(
+        tmp_path / "src",
+        tmp_path / "dst",
+        weights=weights,
+        group_size=group_size,
+        vision=True,
+        ignore=["multi_modal_projector.linear_1"],
+    )
+    patches = "vision_model.patch_embedding.linear"
+    bits = {"int4": 4, "int8": 8}[weights]
+    with Checkpoint.open(tmp_path / "src") as old, Checkpoint.open(tmp_path / "dst") as new:
+        account(new)
+        assert new.config.quantization is not None
+        assert new.config.vision is not None
+        kept = set()
+        for linear, _ in vision_linears(new.config.vision, new.config.dim):
+            was, now = linear_source(old, linear), linear_source(new, linear)
+            wanted = source_values(was)
+            if now.bits == 0:
+                kept.add(linear.name)
+            else:
+                assert (now.bits, now.group_size) == (bits, group_size or linear.in_dim)
+                wanted = dequantised(wanted, bits, group_size)
+            np.testing.assert_array_equal(source_values(now), wanted)
+        assert kept == {patches, "multi_modal_projector.linear_1"}
+    section = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    ignored = {name for name in section["ignore"] if name.startswith(("vision", "multi_modal"))}
+    assert ignored == kept
+    text = quantize(tmp_path / "src", tmp_path / "text", weights=weights, group_size=group_size)
+    # Two layers of q, k, v, o, fc1 and fc2, and the adapter's two.
+    assert result.n_quantised - text.n_quantised == text.n_kept - result.n_kept == 14
+    assert result.written_bytes < text.written_bytes
+
+
+def test_vision_without_a_tower_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "src")
+    with pytest.raises(InvalidRequest, match="no vision tower"):
+        quantize(tmp_path / "src", tmp_path / "dst", group_size=32, vision=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_vision_whose_groups_do_not_divide_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "src", vision=True)
+    with pytest.raises(CheckpointError, match=r"vision_adapter\.mlp\.fc2 has 48 inputs"):
+        quantize(tmp_path / "src", tmp_path / "dst", group_size=32, vision=True)
 
 
 def test_everything_but_weights_is_copied(tmp_path: Path) -> None:

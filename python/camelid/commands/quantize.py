@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="values that share a scale (default 128); 0: one scale for each row",
     )
     parser.add_argument(
+        "--vision", action="store_true", help="quantise the vision tower too (default: leave it)"
+    )
+    parser.add_argument(
         "--ignore",
         action="append",
         default=[],
@@ -49,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
             options.target,
             weights=options.weights,
             group_size=options.group_size,
+            vision=options.vision,
             ignore=options.ignore,
             progress=progress,
             threads=options.threads,
