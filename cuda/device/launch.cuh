@@ -1,0 +1,80 @@
+// Where a thread is, how threads meet, and how a kernel is launched: what kernels ask of CUDA's own
+// language, by names that an emulation on the CPU can give another meaning. It never computes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "base/error.h"
+
+namespace camelid::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ inline int block_index() { return static_cast<int>(blockIdx.x); }
+__device__ inline int block_size() { return static_cast<int>(blockDim.x); }
+__device__ inline int grid_size() { return static_cast<int>(gridDim.x); }
+
+// The block's dynamic shared memory, aligned to 1024 bytes (what swizzled tiles need).
+__device__ inline std::byte* shared_memory() {
+  extern __shared__ __align__(1024) std::byte camelid_shared[];
+  return camelid_shared;
+}
+
+__device__ inline void sync_block() { __syncthreads(); }
+__device__ inline void sync_warp() { __syncwarp(); }
+
+template <typename T>
+__device__ inline T shuffle(T value, int lane) {
+  return __shfl_sync(kWholeWarp, value, lane);
+}
+template <typename T>
+__device__ inline T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(kWholeWarp, value, mask);
+}
+
+// Throws where a CUDA call failed; `what` names it: "[cuda] matmul: out of memory".
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not sticky: the next call starts clean
+  const ErrorCode code =
+      status == cudaErrorMemoryAllocation ? ErrorCode::kCapacity : ErrorCode::kInternal;
+  fail(code, "[cuda] " + std::string(what) + ": " + cudaGetErrorString(status) + ".");
+}
+
+struct Launch {
+  int blocks = 1;
+  int threads = kWarp;
+  std::size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+  bool together = false;  // all blocks run at once, so that they may wait for one another
+};
+
+// Launches kernel(args...) and throws where the launch itself fails; nothing is waited for.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
+            Arguments&&... arguments) {
+  if (how.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(how.shared_bytes)),
+          what);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = how.stream;
+  config.attrs = &attribute;
+  config.numAttrs = how.together ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+}
+
+}  // namespace camelid::cuda

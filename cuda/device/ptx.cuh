@@ -1,0 +1,126 @@
+// The one place with inline assembly for every GPU from sm_80 on: copies that do not wait, tensor
+// core products, packed bf16 arithmetic, and memory that blocks share. hopper.cuh has what only
+// sm_90a knows. Nothing here knows a shape or a layout.
+#pragma once
+
+#include <cstdint>
+
+#include "device/launch.cuh"
+
+namespace camelid::cuda {
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- copies from global to shared memory, in flight until they are waited for ----
+
+// Copies 16 bytes, those from `n_bytes` on as zeros. Both addresses are multiples of 16; the source
+// is not read where n_bytes is 0. Past L1, since other blocks may have written it.
+__device__ inline void copy_async(void* shared, const void* global, int n_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(n_bytes)
+               : "memory");
+}
+
+// Of 16 bytes that nobody reads a second time: L2 gives them up first.
+__device__ inline void copy_async_once(void* shared, const void* global) {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "l"(policy)
+               : "memory");
+}
+
+// Closes the group of this thread's copies since the last call; an empty group counts too.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until at most kPending of this thread's latest groups are in flight.
+template <int kPending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// ---- products ----
+
+// c[16 x 8] += a[16 x 16] b[16 x 8] by a warp, bf16 in, float32 sums. With g = lane / 4, t = lane % 4:
+// a holds rows g, g + 8 at columns 2t.. and again at columns 2t + 8..; b rows 2t.. and 2t + 8.. of
+// column g; c row g and row g + 8 at columns 2t, 2t + 1.
+__device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// a - b of two bf16 pairs.
+__device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t result;
+#if __CUDA_ARCH__ >= 900
+  asm("sub.rn.bf16x2 %0, %1, %2;\n" : "=r"(result) : "r"(a), "r"(b));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+#endif
+  return result;
+}
+
+// (value & mask) | bits in one instruction.
+__device__ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask,
+                                        std::uint32_t bits) {
+  std::uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
+  return result;
+}
+
+// Two float32 rounded to a bf16 pair, `low` in the low half.
+__device__ inline std::uint32_t pack_bf16x2(float low, float high) {
+  std::uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+__device__ inline float low_bf16(std::uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bf16(std::uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+
+__device__ inline float exp_fast(float x) { return __expf(x); }
+
+// ---- memory that blocks share ----
+
+__device__ inline float4 load_shared_by_blocks(const float4* pointer) { return __ldcg(pointer); }
+__device__ inline float load_shared_by_blocks(const float* pointer) { return __ldcg(pointer); }
+
+// What this thread wrote before is seen by whoever sees what it writes after.
+__device__ inline void fence_blocks() { __threadfence(); }
+
+__device__ inline unsigned add_atomic(unsigned* counter, unsigned amount) {
+  return atomicAdd(counter, amount);
+}
+__device__ inline void store_release(unsigned* flag, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ inline unsigned load_acquire(const unsigned* flag) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+// ---- kernels one after the other ----
+
+// From here on the next kernel of the stream may start; and: the one before is finished and seen.
+// Both do nothing where the launch did not ask for it, or before Hopper.
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+}  // namespace camelid::cuda
