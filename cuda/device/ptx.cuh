@@ -56,6 +56,16 @@ __device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Loads four 8 x 8 matrices of 16-bit values from shared memory, by a warp: lane l supplies the
+// address of row l % 8 of matrix l / 8 (16 bytes, aligned), and r[m] of lane l becomes the pair at
+// columns 2 (l % 4).. of row l / 4 of matrix m.
+__device__ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // a - b of two bf16 pairs.
 __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t result;
