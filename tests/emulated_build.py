@@ -1,4 +1,10 @@
-"""Build CUDA sources for the CPU, with the emulator of tests/cuda/emulated, and call what they export."""
+"""Builds CUDA sources for the CPU and calls what they export, without any GPU.
+
+    library = build("tests/cuda/matmul_case.cu", "cuda/ops/matmul.cu")
+    call(library, "run_matmul", pointer, 5, seed=3)  # raises what a launch threw
+
+Sources are compiled as they are; tests/cuda/emulated/ gives the names of cuda/device/ a meaning.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,14 @@ import hashlib
 import os
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda" / "emulated"
@@ -58,12 +67,35 @@ def build(*sources: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 def call(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> None:
     """Call an exported function that returns 0, or 1 after an error, under a seed.
 
+    Args:
+        library: What `build` returned.
+        name: Of the function.
+        arguments: NumPy arrays become pointers, whole numbers C's int, the rest is ctypes'.
+        seed: Of the order of threads and of the copies' arrival; 0 runs threads in their order.
+
     Raises:
         EmulatorError: With the message of what the function threw.
     """
     library.emulated_seed(seed)
-    if getattr(library, name)(*arguments) != 0:
+    if getattr(library, name)(*map(_c_value, arguments)) != 0:
         raise EmulatorError(library.emulated_error().decode())
+
+
+def device_array(library: ctypes.CDLL, values: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy of `values` in device memory, where writes beside it are noticed."""
+    address = library.device_alloc(values.nbytes)
+    memory = (ctypes.c_ubyte * values.nbytes).from_address(address)
+    weakref.finalize(memory, library.device_free, address)
+    array = np.frombuffer(memory, values.dtype).reshape(values.shape)
+    array[...] = values
+    return array
+
+
+def _c_value(argument: Any) -> Any:
+    if not isinstance(argument, np.ndarray):
+        return argument
+    assert argument.flags.c_contiguous
+    return ctypes.c_void_p(argument.ctypes.data)
 
 
 def _headers() -> Iterator[Path]:

@@ -134,9 +134,18 @@ void end(Fiber& fiber) {
 
 void suspend() { Context::swap(current->context, machine.scheduler); }
 
+// Parameters that are __grid_constant__ have one address, which threads may tell one another. Here
+// they lie on each thread's stack, so below where what comes after the thread's end is written.
+__attribute__((noinline)) void run_thread() {
+  [[maybe_unused]] volatile std::byte room[8 * 1024];
+  room[0] = std::byte{};
+  (*machine.thread)();
+  room[0] = std::byte{};  // the room stays while the thread runs
+}
+
 void fiber_main() {
   try {
-    (*machine.thread)();
+    run_thread();
     end(*current);
   } catch (...) {
     machine.failure = std::current_exception();
@@ -332,31 +341,37 @@ void let_others_go(const char* what, const Where& where, bool looked) {
 
 namespace {
 
+void check_multiple_of_16(const char* what, const void* pointer, const Where& where) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0) return;
+  fail_here(where, cat(what, " of an address that is no multiple of 16"));
+}
+
 // Only memory of device_alloc() is known; others' may be anything.
 void check_source(const void* global, int n_bytes, const Where& where) {
+  check_multiple_of_16("copy_async", global, where);
   for (const auto& [memory, bytes] : machine.allocations) {
     if (bytes.near(global) && !bytes.holds(global, static_cast<std::size_t>(n_bytes))) {
-      fail_here(where, cat("a copy from byte ", static_cast<std::int64_t>(bytes.offset_of(global)),
-                           " of a memory of ", bytes.size(), " bytes"));
+      fail_here(where,
+                cat("copy_async from byte ", static_cast<std::int64_t>(bytes.offset_of(global)),
+                    " of a memory of ", bytes.size(), " bytes"));
     }
   }
 }
 
 }  // namespace
 
-void start_copy(void* shared, const void* global, int n_bytes, const Where& where) {
+void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where) {
   const GuardedBytes& memory = current->block->shared;
-  if (n_bytes < 0 || n_bytes > 16) fail_here(where, cat("a copy of ", n_bytes, " bytes"));
-  if (!memory.holds(shared, 16)) {
-    fail_here(where, cat("a copy to byte ", static_cast<std::int64_t>(memory.offset_of(shared)),
+  if (!memory.holds(pointer, n_bytes)) {
+    fail_here(where, cat(what, " at byte ", static_cast<std::int64_t>(memory.offset_of(pointer)),
                          " of ", memory.size(), " bytes of shared memory"));
   }
-  for (const void* pointer : {static_cast<const void*>(shared), global}) {
-    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) {
-      fail_here(where, cat("a copy ", pointer == global ? "from" : "to",
-                           " an address that is no multiple of 16"));
-    }
-  }
+  check_multiple_of_16(what, pointer, where);
+}
+
+void start_copy(void* shared, const void* global, int n_bytes, const Where& where) {
+  if (n_bytes < 0 || n_bytes > 16) fail_here(where, cat("copy_async of ", n_bytes, " bytes"));
+  check_shared("copy_async", shared, 16, where);
   if (n_bytes > 0) check_source(global, n_bytes, where);
   const Copy copy{static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), n_bytes,
                   current->open_group};
@@ -392,6 +407,7 @@ void remember_error(const char* message) { machine.error = message; }
 
 }  // namespace camelid::cuda::emulated
 
+using namespace camelid;
 using namespace camelid::cuda::emulated;
 
 extern "C" {
@@ -414,10 +430,13 @@ void* device_alloc(std::size_t bytes) {
 
 int device_free(void* memory) {
   return caught([&] {
-    check_allocations();
-    if (machine.allocations.erase(static_cast<std::byte*>(memory)) == 0) {
-      camelid::fail(camelid::ErrorCode::kInternal, "device_free of what device_alloc never gave");
+    const auto found = machine.allocations.find(static_cast<std::byte*>(memory));
+    if (found == machine.allocations.end()) {
+      fail(ErrorCode::kInternal, "device_free of what device_alloc never gave");
     }
+    const std::string damage = found->second.damage();
+    machine.allocations.erase(found);
+    if (!damage.empty()) fail(ErrorCode::kInternal, "device memory: ", damage);
   });
 }
 

@@ -97,6 +97,9 @@ void meet_block(const char* what, const Where& where);
 // in which all threads only look, for long, is stopped.
 void let_others_go(const char* what, const Where& where, bool looked);
 
+// Holds an instruction to its addresses: inside the block's shared memory, multiples of 16.
+void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where);
+
 void start_copy(void* shared, const void* global, int n_bytes, const Where& where);
 void finish_copies(int n_pending);  // all but the latest n_pending groups
 

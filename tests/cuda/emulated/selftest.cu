@@ -94,6 +94,16 @@ __global__ void exchange(int* from_next, float* sums) {
   sums[thread] = sum;
 }
 
+// Row i of four 8 x 8 matrices is at 16 i bytes; y: [lane][4] pairs.
+__global__ void load_fragments(const std::uint16_t* x, std::uint32_t* y) {
+  auto* rows = reinterpret_cast<std::uint16_t*>(shared_memory());
+  for (int i = 0; i < 8; ++i) rows[thread_index() * 8 + i] = x[thread_index() * 8 + i];
+  sync_warp();
+  std::uint32_t r[4];
+  load_matrices(r, rows + thread_index() * 8);
+  for (int i = 0; i < 4; ++i) y[thread_index() * 4 + i] = r[i];
+}
+
 __global__ void shuffle_by_half() {
   if (thread_index() % kWarp < 16) shuffle(1, 0);
 }
@@ -131,21 +141,39 @@ __global__ void reverse(int* y) {
   y[thread_index()] = values[block_size() - 1 - thread_index()];
 }
 
+struct Numbers {
+  int n[64];
+};
+
+// Thread 0 tells where its parameters are, and ends before others look.
+__global__ void tell_address(const __grid_constant__ Numbers numbers, int* y) {
+  auto** told = reinterpret_cast<const Numbers**>(shared_memory());
+  if (thread_index() == 0) *told = &numbers;
+  sync_block();
+  if (thread_index() == 0) return;
+  sync_block();
+  y[thread_index()] = (*told)->n[thread_index()];
+}
+
 // ---- copies ----
 
-// y: what the thread's 16 bytes of shared memory are before the copy is waited for, and after.
+// Two copies to 32 bytes of each thread, one after the other. y: [thread][32] bytes before either is
+// waited for, then [thread][32] after the first was waited for, then after both.
 __global__ void copy_and_look(const std::uint8_t* x, std::uint8_t* y, int n_bytes) {
-  auto* mine = reinterpret_cast<std::uint8_t*>(shared_memory()) + thread_index() * 16;
-  copy_async(mine, x + thread_index() * 16, n_bytes);
+  std::uint8_t* mine = reinterpret_cast<std::uint8_t*>(shared_memory()) + thread_index() * 32;
+  const auto look = [&](int time) {
+    for (int i = 0; i < 32; ++i) y[(time * block_size() + thread_index()) * 32 + i] = mine[i];
+  };
+  copy_async(mine, x + thread_index() * 32, n_bytes);
   commit_copies();
-  copy_async_once(mine, x + thread_index() * 16);
+  copy_async_once(mine + 16, x + thread_index() * 32 + 16);
   commit_copies();
   wait_copies<2>();
-  for (int i = 0; i < 16; ++i) y[thread_index() * 48 + i] = mine[i];
+  look(0);
   wait_copies<1>();
-  for (int i = 0; i < 16; ++i) y[thread_index() * 48 + 16 + i] = mine[i];
+  look(1);
   wait_copies<0>();
-  for (int i = 0; i < 16; ++i) y[thread_index() * 48 + 32 + i] = mine[i];
+  look(2);
 }
 
 __global__ void copy_between(const std::byte* x, int from, int to, int n_bytes) {
@@ -216,6 +244,9 @@ int test_matmul(int bug, float* y, const std::uint16_t* x, const std::uint16_t* 
 int test_exchange(int n_threads, int* from_next, float* sums) {
   return caught([&] { launch("exchange", exchange, {.threads = n_threads}, from_next, sums); });
 }
+int test_load_fragments(const std::uint16_t* x, std::uint32_t* y) {
+  return caught([&] { launch("load", load_fragments, {.shared_bytes = 512}, x, y); });
+}
 int test_shuffle_by_half() {
   return caught([] { launch("by_half", shuffle_by_half, {.blocks = 3, .threads = 64}); });
 }
@@ -238,9 +269,17 @@ int test_reverse(int sync, int* y) {
   });
 }
 
+int test_tell_address(int* y) {
+  Numbers numbers;
+  for (int i = 0; i < 64; ++i) numbers.n[i] = i;
+  return caught([&] {
+    launch("tell", tell_address, {.threads = 64, .shared_bytes = sizeof(void*)}, numbers, y);
+  });
+}
+
 int test_copy_and_look(const std::uint8_t* x, std::uint8_t* y, int n_bytes) {
   return caught([&] {
-    launch("look", copy_and_look, {.threads = 64, .shared_bytes = 64 * 16}, x, y, n_bytes);
+    launch("look", copy_and_look, {.threads = 64, .shared_bytes = 64 * 32}, x, y, n_bytes);
   });
 }
 int test_copy_between(const std::byte* x, int from, int to, int n_bytes) {

@@ -87,6 +87,32 @@ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b
   emulated::meet_warp("mma_bf16", where, &mine, emulated::multiply);
 }
 
+namespace emulated {
+
+struct MatrixRow {
+  const void* row;   // of 8 pairs' halves: 16 bytes
+  std::uint32_t* r;  // 4
+};
+
+inline void load(void* const* lanes) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const MatrixRow& mine = *static_cast<const MatrixRow*>(lanes[lane]);
+    for (int m = 0; m < 4; ++m) {
+      const auto* row = static_cast<const MatrixRow*>(lanes[8 * m + lane / 4])->row;
+      std::memcpy(mine.r + m, static_cast<const std::byte*>(row) + lane % 4 * 4, 4);
+    }
+  }
+}
+
+}  // namespace emulated
+
+inline void load_matrices(std::uint32_t (&r)[4], const void* row,
+                          emulated::Where where = emulated::Where::current()) {
+  emulated::check_shared("load_matrices", row, 16, where);
+  emulated::MatrixRow mine{row, r};
+  emulated::meet_warp("load_matrices", where, &mine, emulated::load);
+}
+
 inline std::uint32_t pack_bf16x2(float low, float high) {
   return emulated::round_bf16(high) << 16 | emulated::round_bf16(low);
 }
