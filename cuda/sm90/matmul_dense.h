@@ -28,7 +28,8 @@ struct MatmulDense {
   const float* w_scales = nullptr;  // [rows], kE4m3 alone
 };
 
-// Whether matmul_dense takes the call: rows of x, w and y begin at multiples of 16 bytes.
+// Whether matmul_dense takes the call: its output, and that rows of x, w and y begin at multiples of
+// 16 bytes.
 bool matmul_dense_fits(const MatmulDense& call);
 
 // Device memory the call needs, aligned to 256 bytes.
