@@ -12,10 +12,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulated"
 CACHE = ROOT / "build" / "emulated"
 # The twins of cuda/device/ come first, so that kernels find them under the same names.
 FOLDERS = ["src", "tests/cuda/emulated", "cuda"]
+# The thread sanitizer's calls before each access go to the emulator instead of its own library.
+WATCH = ["-fsanitize=thread", "-fno-tree-vectorize"]
 FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -36,26 +38,29 @@ class EmulatorError(Exception):
 
 
 @functools.cache
-def build(*sources: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """Return the library of `sources`, paths from the root of the repository, and the emulator.
+def build(*sources: str, watch: bool = False, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Return the library of `sources` and the emulator.
 
     Each source is compiled once for each content of itself and of all headers.
+
+    Args:
+        sources: Paths from the root of the repository.
+        watch: Compile kernels to report every access, and fail those that leave their memory, are
+            not aligned, or race with another thread's, in whatever order they happened to run.
+        flags: More for the compiler.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("kernels are emulated by compiling them for the CPU: no C++ compiler (g++)")
     CACHE.mkdir(parents=True, exist_ok=True)
-    command = [compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
-    headers = b"".join(path.read_bytes() for path in _headers())
-    objects = []
-    for source in [ROOT / name for name in sources] + sorted(EMULATOR.glob("*.cpp")):
-        key = _key(" ".join(command).encode(), headers, bytes(source), source.read_bytes())
-        target = CACHE / f"{source.stem}-{key}.o"
-        _make(target, [*command, "-x", "c++", "-c", str(source)])
-        objects.append(target)
+    common = [compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
+    kernels = [*common, *WATCH] if watch else common
+    objects = [_compile(kernels, ROOT / source) for source in sources]
+    objects.append(_compile(common, EMULATOR / "fibers.cpp"))
     library = CACHE / f"{_key(*(path.name.encode() for path in objects))}.so"
     _make(library, [compiler, "-shared", *map(str, objects)])
     loaded = ctypes.CDLL(str(library))
+    loaded.path = library
     loaded.emulated_error.restype = ctypes.c_char_p
     loaded.emulated_seed.argtypes = [ctypes.c_uint64]
     loaded.device_alloc.restype = ctypes.c_void_p
@@ -78,7 +83,10 @@ def call(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> Non
     """
     library.emulated_seed(seed)
     if getattr(library, name)(*map(_c_value, arguments)) != 0:
-        raise EmulatorError(library.emulated_error().decode())
+        message = library.emulated_error().decode()
+        raise EmulatorError(
+            re.sub(r"code\+0x([0-9a-f]+)", lambda m: _line_of(library, m[1]), message)
+        )
 
 
 def device_array(library: ctypes.CDLL, values: NDArray[Any]) -> NDArray[Any]:
@@ -91,6 +99,23 @@ def device_array(library: ctypes.CDLL, values: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
+def _line_of(library: ctypes.CDLL, offset: str) -> str:
+    """Return the line of a kernel that called what returns to an offset in the library."""
+    addr2line = shutil.which("addr2line")
+    if addr2line is None:
+        return f"{library.path.name}+0x{offset}"
+    before = hex(int(offset, 16) - 1)
+    places = subprocess.run(
+        [addr2line, "-i", "-e", str(library.path), before],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    twins = str(EMULATOR / "device")
+    place = next((place for place in places if not place.startswith(twins)), places[0])
+    return place.split(" ")[0].split("/")[-1]
+
+
 def _c_value(argument: Any) -> Any:
     if not isinstance(argument, np.ndarray):
         return argument
@@ -98,11 +123,17 @@ def _c_value(argument: Any) -> Any:
     return ctypes.c_void_p(argument.ctypes.data)
 
 
-def _headers() -> Iterator[Path]:
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".h", ".cuh", ".inl"}:
-                yield path
+def _compile(command: list[str], source: Path) -> Path:
+    headers = [
+        path
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in {".h", ".cuh", ".inl"}
+    ]
+    contents = (path.read_bytes() for path in [source, *headers])
+    target = CACHE / f"{source.stem}-{_key(*(word.encode() for word in command), *contents)}.o"
+    _make(target, [*command, "-x", "c++", "-c", str(source)])
+    return target
 
 
 def _key(*parts: bytes) -> str:

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "watch.h"
 
 namespace camelid::cuda::emulated {
 
@@ -19,7 +20,8 @@ class GuardedBytes {
   static constexpr std::size_t kAlign = 1024;  // what launch.cuh promises of shared memory
   static constexpr std::size_t kGuard = 4096;  // on either side, at least
 
-  explicit GuardedBytes(std::size_t bytes) : bytes_(bytes) {
+  // `name` tells in messages what it is: "shared memory".
+  GuardedBytes(std::string name, std::size_t bytes) : name_(std::move(name)), bytes_(bytes) {
     const std::size_t whole = (bytes + 2 * kGuard + kAlign - 1) / kAlign * kAlign;
     memory_.reset(static_cast<std::byte*>(std::aligned_alloc(kAlign, whole)));
     if (!memory_) throw std::bad_alloc();
@@ -29,6 +31,7 @@ class GuardedBytes {
   }
 
   std::byte* data() const { return memory_.get() + kGuard; }
+  const std::byte* begin() const { return memory_.get(); }  // of the guard
   std::size_t size() const { return bytes_; }
 
   bool holds(const void* pointer, std::size_t n_bytes) const {
@@ -41,6 +44,11 @@ class GuardedBytes {
   std::size_t offset_of(const void* pointer) const {
     return reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(data());
   }
+  // "byte 100 of 64 bytes of shared memory"
+  std::string place_of(const void* pointer) const {
+    return cat("byte ", static_cast<std::int64_t>(offset_of(pointer)), " of ", bytes_, " bytes of ",
+               name_);
+  }
 
   void repair() {
     for (std::size_t i = 0; i < kGuard; ++i) memory_[i] = guard_byte(i);
@@ -49,27 +57,49 @@ class GuardedBytes {
   // Empty, or what was written where nothing may be.
   std::string damage() const {
     for (std::size_t i = kGuard; i-- > 0;) {
-      if (memory_[i] != guard_byte(i)) return cat("a write ", kGuard - i, " bytes before", whom());
+      if (memory_[i] != guard_byte(i)) return cat("something wrote to ", place_of(&memory_[i]));
     }
     for (std::size_t i = kGuard + bytes_; i < end_; ++i) {
-      if (memory_[i] != guard_byte(i)) {
-        return cat("a write at byte ", i - kGuard, ", behind the end of", whom());
-      }
+      if (memory_[i] != guard_byte(i)) return cat("something wrote to ", place_of(&memory_[i]));
     }
     return {};
   }
+
+  // Who accessed it, from the first call on.
+  Shadow& shadow() {
+    if (!shadow_) shadow_ = std::make_unique<Shadow>(bytes_);
+    return *shadow_;
+  }
+  void forget_accesses() { shadow_ = nullptr; }
 
  private:
   struct Free {
     void operator()(std::byte* memory) const { std::free(memory); }
   };
-  std::string whom() const { return cat(" a memory of ", bytes_, " bytes"); }
   // 0xffa5 everywhere: NaN as bf16 and as float32, and not what memory is filled with.
   static std::byte guard_byte(std::size_t i) { return std::byte(i % 2 ? 0xff : 0xa5); }
 
+  std::string name_;
   std::size_t bytes_;
   std::size_t end_;  // of memory_
   std::unique_ptr<std::byte[], Free> memory_;
+  std::unique_ptr<Shadow> shadow_;
+};
+
+// Finds the memory that an address belongs to, or lies next to.
+class Memories {
+ public:
+  void add(GuardedBytes& memory) { by_begin_[memory.begin()] = &memory; }
+  void remove(const GuardedBytes& memory) { by_begin_.erase(memory.begin()); }
+  GuardedBytes* find(const void* pointer) const {
+    auto after = by_begin_.upper_bound(static_cast<const std::byte*>(pointer));
+    if (after == by_begin_.begin()) return nullptr;
+    GuardedBytes* memory = std::prev(after)->second;
+    return memory->near(pointer) ? memory : nullptr;
+  }
+
+ private:
+  std::map<const std::byte*, GuardedBytes*> by_begin_;
 };
 
 }  // namespace camelid::cuda::emulated
