@@ -121,6 +121,8 @@ T shuffle_xor(T value, int mask, emulated::Where where = emulated::Where::curren
 
 inline void check(cudaError_t, const char*) {}
 
+inline std::size_t shared_memory_limit() { return 227 * 1024; }
+
 inline int multiprocessors() { return emulated::multiprocessors(); }
 
 template <typename... Parameters>
