@@ -29,6 +29,9 @@ constexpr int kBlocksPerMultiprocessor = 32;
 constexpr std::size_t kSharedPerMultiprocessor = 228 * 1024;
 constexpr std::size_t kSharedOfSystem = 1024;  // of every block, beside its own
 
+constexpr std::size_t kSharedGuard = 4 * 1024;
+constexpr std::size_t kDeviceGuard = 64 * 1024;
+
 // Looks at memory, for every thread that has not ended, in which nothing else happens.
 constexpr std::int64_t kPatience = 1000;
 
@@ -266,8 +269,9 @@ void check_limits() {
 void check_allocations() {
   for (auto& [memory, bytes] : machine.allocations) {
     const std::string damage = bytes.damage();
-    bytes.repair();
-    if (!damage.empty()) fail(ErrorCode::kInternal, damage);
+    if (damage.empty()) continue;
+    bytes.repair();  // is told once
+    fail(ErrorCode::kInternal, damage);
   }
 }
 
@@ -275,7 +279,7 @@ void check_allocations() {
 
 Block::Block(int index, int n_threads, std::size_t shared_bytes)
     : index(index),
-      shared("shared memory", shared_bytes),
+      shared("shared memory", shared_bytes, kSharedGuard),
       fibers(static_cast<std::size_t>(n_threads)),
       warps(static_cast<std::size_t>((n_threads + kLanes - 1) / kLanes)) {
   first = fibers.data();
@@ -490,7 +494,7 @@ void emulated_seed(std::uint64_t seed) {
 void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
 
 void* device_alloc(std::size_t bytes) {
-  GuardedBytes memory("device memory", bytes);
+  GuardedBytes memory("device memory", bytes, kDeviceGuard);
   std::byte* data = memory.data();
   machine.memories.add(machine.allocations.emplace(data, std::move(memory)).first->second);
   return data;

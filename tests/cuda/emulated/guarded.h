@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "watch.h"
@@ -18,19 +19,19 @@ namespace camelid::cuda::emulated {
 class GuardedBytes {
  public:
   static constexpr std::size_t kAlign = 1024;  // what launch.cuh promises of shared memory
-  static constexpr std::size_t kGuard = 4096;  // on either side, at least
 
-  // `name` tells in messages what it is: "shared memory".
-  GuardedBytes(std::string name, std::size_t bytes) : name_(std::move(name)), bytes_(bytes) {
-    const std::size_t whole = (bytes + 2 * kGuard + kAlign - 1) / kAlign * kAlign;
-    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(kAlign, whole)));
+  // `name` tells in messages what it is: "shared memory". Of `guard` bytes, a multiple of kAlign, are
+  // the guards on either side; the one behind may have some more.
+  GuardedBytes(std::string name, std::size_t bytes, std::size_t guard)
+      : name_(std::move(name)), bytes_(bytes), guard_(guard) {
+    end_ = (bytes + 2 * guard + kAlign - 1) / kAlign * kAlign;
+    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(kAlign, end_)));
     if (!memory_) throw std::bad_alloc();
-    end_ = whole;
     std::memset(data(), 0xff, bytes_);
     repair();
   }
 
-  std::byte* data() const { return memory_.get() + kGuard; }
+  std::byte* data() const { return memory_.get() + guard_; }
   const std::byte* begin() const { return memory_.get(); }  // of the guard
   std::size_t size() const { return bytes_; }
 
@@ -39,7 +40,7 @@ class GuardedBytes {
     return offset <= bytes_ && n_bytes <= bytes_ - offset;
   }
   // Whether the address is this memory's at all, its guards included.
-  bool near(const void* pointer) const { return offset_of(pointer) + kGuard < end_; }
+  bool near(const void* pointer) const { return offset_of(pointer) + guard_ < end_; }
   // Wraps around to a huge number for addresses in front.
   std::size_t offset_of(const void* pointer) const {
     return reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(data());
@@ -51,16 +52,20 @@ class GuardedBytes {
   }
 
   void repair() {
-    for (std::size_t i = 0; i < kGuard; ++i) memory_[i] = guard_byte(i);
-    for (std::size_t i = kGuard + bytes_; i < end_; ++i) memory_[i] = guard_byte(i);
+    for (std::size_t i = 0; i < guard_; ++i) memory_[i] = guard_byte(i);
+    for (std::size_t i = guard_ + bytes_; i < end_; ++i) memory_[i] = guard_byte(i);
   }
   // Empty, or what was written where nothing may be.
   std::string damage() const {
-    for (std::size_t i = kGuard; i-- > 0;) {
-      if (memory_[i] != guard_byte(i)) return cat("something wrote to ", place_of(&memory_[i]));
-    }
-    for (std::size_t i = kGuard + bytes_; i < end_; ++i) {
-      if (memory_[i] != guard_byte(i)) return cat("something wrote to ", place_of(&memory_[i]));
+    for (const auto& [first, last] :
+         {std::pair{std::size_t{0}, guard_}, std::pair{guard_ + bytes_, end_}}) {
+      // Every byte of a guard is the one two before it.
+      const std::byte* guard = memory_.get() + first;
+      const bool whole = guard[0] == guard_byte(first) && guard[1] == guard_byte(first + 1) &&
+                         std::memcmp(guard, guard + 2, last - first - 2) == 0;
+      for (std::size_t i = first; !whole && i < last; ++i) {
+        if (memory_[i] != guard_byte(i)) return cat("something wrote to ", place_of(&memory_[i]));
+      }
     }
     return {};
   }
@@ -81,6 +86,7 @@ class GuardedBytes {
 
   std::string name_;
   std::size_t bytes_;
+  std::size_t guard_;
   std::size_t end_;  // of memory_
   std::unique_ptr<std::byte[], Free> memory_;
   std::unique_ptr<Shadow> shadow_;
