@@ -352,12 +352,21 @@ def test_flag_before_its_value_is_named(watched: ctypes.CDLL, seed: int) -> None
 # ---- accesses ----
 
 
-@pytest.mark.parametrize("missing", ["nothing", "release", "acquire", "sync_before", "sync_after"])
+@pytest.mark.parametrize(
+    "missing", ["nothing", "release", "acquire", "sync_before", "sync_after", "order"]
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_values_handed_to_the_last_block_need_fences(
     watched: ctypes.CDLL, missing: str, seed: int
 ) -> None:
-    steps = {"nothing": 15, "release": 14, "acquire": 13, "sync_before": 11, "sync_after": 7}
+    steps = {
+        "nothing": 15,
+        "release": 14,
+        "acquire": 13,
+        "sync_before": 11,
+        "sync_after": 7,
+        "order": 30,
+    }
     values, n_came, sum_of_all = (
         np.zeros((6, 64), np.int32),
         np.zeros(1, np.uint32),

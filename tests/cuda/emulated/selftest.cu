@@ -227,10 +227,12 @@ __global__ void flag_too_early(unsigned* flag, int* value, int* seen) {
 
 // ---- accesses that need an order ----
 
-// The last block to come adds up what all wrote. Steps that are not in `steps` are left out.
+// The last block to come adds up what all wrote. Steps that are not in `steps` are left out; 16 has
+// all threads fence before they meet, which is not the same as one after it.
 __global__ void hand_over(int steps, int* values, unsigned* n_came, int* sums) {
   auto* before = reinterpret_cast<unsigned*>(shared_memory());
   values[block_index() * block_size() + thread_index()] = block_index() + thread_index();
+  if (steps & 16) fence_blocks();
   if (steps & 4) sync_block();
   if (thread_index() == 0) {
     if (steps & 1) fence_blocks();

@@ -72,15 +72,10 @@ struct History {
   }
 };
 
-// After a meeting all know what each did and knew before. Fences count for those who meet later: the
-// fence made the writes visible to all, and the meeting comes after it.
+// After a meeting all know what each did and knew before.
 inline void meet(const std::vector<History*>& all) {
-  KnownPtr known, fenced, looked;
-  for (const History* one : all) {
-    known = join(known, one->known);
-    fenced = join(fenced, one->fenced);
-    looked = join(looked, one->looked);
-  }
+  KnownPtr known;
+  for (const History* one : all) known = join(known, one->known);
   const History& first = *all.front();
   auto met = known ? std::make_shared<Known>(*known) : std::make_shared<Known>();
   std::shared_ptr<const Ticks>& block = (*met)[first.block];
@@ -88,11 +83,7 @@ inline void meet(const std::vector<History*>& all) {
                      : std::make_shared<Ticks>(static_cast<std::size_t>(first.n_threads));
   for (History* one : all) (*ticks)[static_cast<std::size_t>(one->thread)] = one->now++;
   block = std::move(ticks);
-  for (History* one : all) {
-    one->known = met;
-    one->fenced = fenced;
-    one->looked = looked;
-  }
+  for (History* one : all) one->known = met;
 }
 
 struct Access {
