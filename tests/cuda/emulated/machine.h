@@ -109,8 +109,7 @@ unsigned load(const unsigned* flag, const Where& where);
 void fence();
 
 // An access to memory by compiled code at `code`; checked before it happens.
-void report(const void* pointer, std::size_t n_bytes, bool writes, std::size_t align,
-            const void* code);
+void report(const void* pointer, std::size_t n_bytes, bool writes, const void* code);
 
 // Where the code is that this was called from.
 __attribute__((noinline)) inline const void* code_here() { return __builtin_return_address(0); }

@@ -253,6 +253,16 @@ __global__ void read_four_at(const std::byte* x, int offset, float4* y) {
   *y = *reinterpret_cast<const float4*>(x + offset);
 }
 
+__global__ void undefined(int kind, int value, int* y) {
+  const int four[4] = {value, 1, 2, 3};
+  if (kind == 0) *y = four[value];
+  if (kind == 1) *y = 1 << value;
+  if (kind == 2) *y = value + 1;
+  if (kind == 3) *y = value * value;
+  if (kind == 4) *y = 1 / value;
+  if (kind == 5) *y = static_cast<int>(4.0f * static_cast<float>(value));
+}
+
 template <bool kSync>
 __global__ void neighbour(int* y) {
   int* values = reinterpret_cast<int*>(shared_memory());
@@ -392,6 +402,9 @@ int test_read_at(const std::byte* x, int offset, float* y) {
 }
 int test_read_four_at(const std::byte* x, int offset, float4* y) {
   return caught([&] { launch("read_four_at", read_four_at, {.threads = 1}, x, offset, y); });
+}
+int test_undefined(int kind, int value, int* y) {
+  return caught([&] { launch("undefined", undefined, {.threads = 1}, kind, value, y); });
 }
 int test_neighbour(int sync, int* y) {
   return caught([&] {

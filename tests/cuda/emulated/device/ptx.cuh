@@ -110,7 +110,7 @@ __attribute__((no_sanitize("thread"))) inline void load_rows(void* const* lanes)
 inline void load_matrices(std::uint32_t (&r)[4], const void* row,
                           emulated::Where where = emulated::Where::current()) {
   emulated::check_shared("load_matrices", row, 16, where);
-  if (emulated::watched) emulated::report(row, 16, false, 16, emulated::code_here());
+  if (emulated::watched) emulated::report(row, 16, false, emulated::code_here());
   emulated::MatrixRow mine{row, r};
   emulated::meet_warp("load_matrices", where, &mine, emulated::load_rows);
 }
