@@ -50,7 +50,9 @@ struct Fiber {
   History history;  // kept while accesses are reported
 };
 
-// What the last thread to come does for all: lanes[i] is what lane i brought.
+// What the last thread to come does for all: lanes[i] is what lane i brought. It reports no accesses
+// as that thread's own.
+#define UNWATCHED __attribute__((no_sanitize("thread")))
 using Act = void (*)(void* const* lanes);
 
 // Threads that wait for one another: a block's or a warp's. They are neighbours in memory.
