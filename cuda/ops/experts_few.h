@@ -12,7 +12,8 @@ namespace camelid::cuda {
 
 // Weights of the experts of one layer. All have the same kind of tiles: bits and scales.
 struct ExpertWeights {
-  const std::uint16_t* router = nullptr;  // bf16 [n_experts][dim]
+  const std::uint16_t* router = nullptr;  // bf16 [n_experts][router_stride], rows as those of x
+  std::int32_t router_stride = 0;
   const TilePointers* gate_up = nullptr;  // device memory, [n_experts]
   const TilePointers* down = nullptr;     // device memory, [n_experts]
   TileShape gate_up_shape;                // 2 ffn_dim x dim, RowOrder::kGateUp
