@@ -1,9 +1,10 @@
 """Builds CUDA sources for the CPU and calls what they export, without any GPU.
 
     library = build("tests/cuda/matmul_case.cu", "cuda/ops/matmul.cu")
-    call(library, "run_matmul", pointer, 5, seed=3)  # raises what a launch threw
+    call(library, "run_matmul", x, y, 5, seed=3)  # raises what a launch threw
 
 Sources are compiled as they are; tests/cuda/emulated/ gives the names of cuda/device/ a meaning.
+Its README says what is checked.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulated"
 CACHE = ROOT / "build" / "emulated"
 # The twins of cuda/device/ come first, so that kernels find them under the same names.
 FOLDERS = ["src", "tests/cuda/emulated", "cuda"]
+# What the sanitizers call goes to the emulator instead of their own libraries. Accesses that the
+# compiler merged would be reported as ones of another size.
+WATCH = [
+    "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=float-cast-overflow",
+    "-fno-tree-loop-vectorize",
+    "-fno-tree-slp-vectorize",
+]
 FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -36,25 +46,31 @@ class EmulatorError(Exception):
 
 
 @functools.cache
-def build(*sources: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """Return the library of `sources`, paths from the root of the repository, and the emulator.
+def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Return the library of `sources` and the emulator.
 
     Each source is compiled once for each content of itself and of all headers.
+
+    Args:
+        sources: Paths from the root of the repository.
+        watch: Compile kernels to report every access, and fail those that leave their memory, are
+            not aligned, or race with another thread's, in whatever order they happened to run,
+            and what C++ leaves undefined; for two to three times the time.
+        flags: More for the compiler.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("kernels are emulated by compiling them for the CPU: no C++ compiler (g++)")
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for name in ("g++", "clang++") if (path := shutil.which(name))][:1]
+    )
+    if not compiler:
+        pytest.skip("kernels are emulated by compiling them for the CPU: no g++, no clang++")
     CACHE.mkdir(parents=True, exist_ok=True)
-    command = [compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
-    headers = b"".join(path.read_bytes() for path in _headers())
-    objects = []
-    for source in [ROOT / name for name in sources] + sorted(EMULATOR.glob("*.cpp")):
-        key = _key(" ".join(command).encode(), headers, bytes(source), source.read_bytes())
-        target = CACHE / f"{source.stem}-{key}.o"
-        _make(target, [*command, "-x", "c++", "-c", str(source)])
-        objects.append(target)
+    common = [*compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
+    kernels = [*common, *WATCH] if watch else common
+    objects = [_compile(kernels, ROOT / source) for source in sources]
+    objects.append(_compile(common, EMULATOR / "fibers.cpp"))
     library = CACHE / f"{_key(*(path.name.encode() for path in objects))}.so"
-    _make(library, [compiler, "-shared", *map(str, objects)])
+    _make(library, [*compiler, "-shared", *map(str, objects)])
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_error.restype = ctypes.c_char_p
     loaded.emulated_seed.argtypes = [ctypes.c_uint64]
@@ -70,25 +86,60 @@ def call(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> Non
     Args:
         library: What `build` returned.
         name: Of the function.
-        arguments: NumPy arrays become pointers, whole numbers C's int, the rest is ctypes'.
+        arguments: NumPy arrays become pointers to device memory, those not from `device_array` to
+            a copy that is copied back; whole numbers become C's int, the rest is ctypes'.
         seed: Of the order of threads and of the copies' arrival; 0 runs threads in their order.
 
     Raises:
         EmulatorError: With the message of what the function threw.
     """
     library.emulated_seed(seed)
-    if getattr(library, name)(*map(_c_value, arguments)) != 0:
-        raise EmulatorError(library.emulated_error().decode())
+    values, copies = list(arguments), []
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, np.ndarray) and not isinstance(argument, DeviceArray):
+            values[i] = device_array(library, argument)
+            copies.append((argument, values[i]))
+    if getattr(library, name)(*map(_c_value, values)) != 0:
+        raise EmulatorError(explain(library, library.emulated_error().decode()))
+    for host, device in copies:
+        if host.flags.writeable:
+            host[...] = device
 
 
-def device_array(library: ctypes.CDLL, values: NDArray[Any]) -> NDArray[Any]:
-    """Return a copy of `values` in device memory, where writes beside it are noticed."""
+def explain(library: ctypes.CDLL, message: str) -> str:
+    """Replace places in the code of `library` by lines of its sources."""
+    return re.sub(r"code\+0x([0-9a-f]+)", lambda match: _line_of(library, match[1]), message)
+
+
+class DeviceArray(np.ndarray[Any, Any]):
+    """An array in device memory."""
+
+
+def device_array(library: ctypes.CDLL, values: NDArray[Any]) -> DeviceArray:
+    """Return a copy of `values` in device memory, where accesses beside it are noticed."""
     address = library.device_alloc(values.nbytes)
     memory = (ctypes.c_ubyte * values.nbytes).from_address(address)
     weakref.finalize(memory, library.device_free, address)
-    array = np.frombuffer(memory, values.dtype).reshape(values.shape)
+    array = np.ndarray(values.shape, values.dtype, memory).view(DeviceArray)
     array[...] = values
     return array
+
+
+def _line_of(library: ctypes.CDLL, offset: str) -> str:
+    """Return the line of a kernel that called what returns to an offset in the library."""
+    addr2line = shutil.which("addr2line")
+    if addr2line is None:
+        return f"{Path(library._name).name}+0x{offset}"
+    before = hex(int(offset, 16) - 1)
+    places = subprocess.run(
+        [addr2line, "-i", "-e", library._name, before],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    twins = str(EMULATOR / "device")
+    place = next((place for place in places if not place.startswith(twins)), places[0])
+    return place.split(" ")[0].split("/")[-1]
 
 
 def _c_value(argument: Any) -> Any:
@@ -98,11 +149,17 @@ def _c_value(argument: Any) -> Any:
     return ctypes.c_void_p(argument.ctypes.data)
 
 
-def _headers() -> Iterator[Path]:
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".h", ".cuh", ".inl"}:
-                yield path
+def _compile(command: list[str], source: Path) -> Path:
+    headers = [
+        path
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in {".h", ".cuh", ".inl"}
+    ]
+    contents = (path.read_bytes() for path in [source, *headers])
+    target = CACHE / f"{source.stem}-{_key(*(word.encode() for word in command), *contents)}.o"
+    _make(target, [*command, "-x", "c++", "-c", str(source)])
+    return target
 
 
 def _key(*parts: bytes) -> str:

@@ -54,13 +54,15 @@ __device__ inline bool complete_sums(float4 (&sums)[kSums], const Parts& parts, 
   float4* mine = part_of(parts, kSums, sharers, block_index());
 #pragma unroll
   for (int i = 0; i < kSums; ++i) mine[i * block_size()] = sums[i];
-  fence_blocks();
   sync_block();
-  if (thread_index() == 0) *flag = add_atomic(parts.arrivals + result, 1u);
+  if (thread_index() == 0) {
+    fence_blocks();  // what the whole block wrote: it met before
+    *flag = add_atomic(parts.arrivals + result, 1u);
+    fence_blocks();
+  }
   sync_block();
   const auto others = static_cast<unsigned>(sharers.last_block - sharers.first_block);
   if (*flag != others) return false;
-  fence_blocks();
 #pragma unroll
   for (int i = 0; i < kSums; ++i) sums[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
   for (int block = sharers.first_block; block <= sharers.last_block; ++block) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,25 @@ SEEDS = range(12)
 NO_BUG, NO_WAIT, NO_SYNC_BEFORE, NO_SYNC_AFTER = range(4)
 
 
+# Kernels whose accesses are not checked: what mistakes do.
 @pytest.fixture
-def emulated() -> Iterator[ctypes.CDLL]:
-    library = build(SELFTEST)
+def plain() -> Iterator[ctypes.CDLL]:
+    yield from selftest(watch=False)
+
+
+# Kernels that report each access: that mistakes are named.
+@pytest.fixture
+def watched() -> Iterator[ctypes.CDLL]:
+    yield from selftest(watch=True)
+
+
+@pytest.fixture(params=["plain", "watched"])
+def emulated(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    yield from selftest(watch=request.param == "watched")
+
+
+def selftest(*, watch: bool) -> Iterator[ctypes.CDLL]:
+    library = build(SELFTEST, watch=watch)
     yield library
     library.emulated_multiprocessors(5)
     assert library.check_guards() == 0, library.emulated_error()
@@ -75,13 +92,26 @@ def test_matmul_is_quick(emulated: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("bug", [NO_WAIT, NO_SYNC_BEFORE, NO_SYNC_AFTER])
-def test_matmul_with_a_bug_is_wrong_under_some_seed(emulated: ctypes.CDLL, bug: int) -> None:
-    wrong = []
-    for seed in SEEDS:
-        y, expected = product(emulated, bug, seed)
-        wrong.append(not np.array_equal(y, expected))
-    print(wrong)
-    assert any(wrong)
+def test_matmul_with_a_bug_is_wrong_under_some_seed(plain: ctypes.CDLL, bug: int) -> None:
+    results = [product(plain, bug, seed) for seed in SEEDS]
+    assert not all(np.array_equal(y, expected) for y, expected in results)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (NO_WAIT, "reads 4 bytes at byte .* nothing orders this and the copy in flight by"),
+        (NO_SYNC_BEFORE, "nothing orders this and the (write|read|copy in flight) by"),
+        (NO_SYNC_AFTER, "writes 16 bytes at byte .* nothing orders this and the read by"),
+    ],
+)
+def test_matmul_with_a_bug_is_named_under_every_seed(
+    watched: ctypes.CDLL, bug: int, message: str, seed: int
+) -> None:
+    with pytest.raises(EmulatorError, match=message) as error:
+        product(watched, bug, seed)
+    assert len(re.findall(r"block \d, thread \d+ \(selftest.cu:\d+\)", str(error.value))) == 2
 
 
 # ---- meetings ----
@@ -140,12 +170,19 @@ def test_sync_block_waits_for_those_that_did_not_end(emulated: ctypes.CDLL) -> N
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_missing_sync_block_reads_what_is_not_there(emulated: ctypes.CDLL, seed: int) -> None:
+def test_missing_sync_block_reads_what_is_not_there(plain: ctypes.CDLL, seed: int) -> None:
     y = np.zeros(128, np.int32)
-    call(emulated, "test_reverse", 1, y, seed=seed)
+    call(plain, "test_reverse", 1, y, seed=seed)
     np.testing.assert_array_equal(y, np.arange(128)[::-1])
-    call(emulated, "test_reverse", 0, y, seed=seed)
+    call(plain, "test_reverse", 0, y, seed=seed)
     assert (y == -1).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_missing_sync_block_is_named(watched: ctypes.CDLL, seed: int) -> None:
+    y = np.zeros(128, np.int32)
+    call(watched, "test_reverse", 1, y, seed=seed)
+    assert "nothing orders this and the " in error_of(watched, "test_reverse", 0, y, seed=seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -159,11 +196,11 @@ def test_constants_of_the_grid_outlive_their_thread(emulated: ctypes.CDLL, seed:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_copies_arrive_when_their_group_is_waited_for(emulated: ctypes.CDLL, seed: int) -> None:
+def test_copies_arrive_when_their_group_is_waited_for(plain: ctypes.CDLL, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x = device_array(emulated, rng.integers(0, 255, (64, 32), np.uint8))
+    x = device_array(plain, rng.integers(0, 255, (64, 32), np.uint8))
     y = np.zeros((3, 64, 32), np.uint8)
-    call(emulated, "test_copy_and_look", x, y, 12, seed=seed)
+    call(plain, "test_copy_and_look", x, y, 12, seed=seed)
     expected = x.copy()
     expected[:, 12:16] = 0
     arrived = (y == expected).reshape(3, 64, 2, 16).all(axis=3)
@@ -186,8 +223,8 @@ def test_copies_arrive_when_their_group_is_waited_for(emulated: ctypes.CDLL, see
         (8, 0, 16, "no multiple of 16"),
         (0, 0, 17, "copy_async of 17 bytes"),
         (0, 0, -1, "copy_async of -1 bytes"),
-        (96, 0, 5, "copy_async from byte 96 of a memory of 100 bytes"),
-        (-16, 0, 16, "copy_async from byte -16 of a memory of 100 bytes"),
+        (96, 0, 5, "copy_async from byte 96 of 100 bytes of device memory"),
+        (-16, 0, 16, "copy_async from byte -16 of 100 bytes of device memory"),
     ],
 )
 def test_copy_of_wrong_places_is_named(
@@ -206,16 +243,17 @@ def test_copy_of_wrong_places_is_named(
 def test_write_beside_shared_memory_is_named(emulated: ctypes.CDLL, offset: int) -> None:
     call(emulated, "test_write_shared", 100, 99)
     message = error_of(emulated, "test_write_shared", 100, offset)
-    place = f"a write at byte {offset}" if offset > 0 else f"a write {-offset} bytes before"
-    assert f"[cuda] write: block 0, shared memory: {place}" in message
+    assert message.startswith("[cuda] write: block 0")
+    assert f"byte {offset} of 100 bytes of shared memory" in message
 
 
-@pytest.mark.parametrize("offset", [100, 5000, -1])
+@pytest.mark.parametrize("offset", [100, 4000, -1])
 def test_write_beside_device_memory_is_named(emulated: ctypes.CDLL, offset: int) -> None:
     memory = device_array(emulated, np.zeros(100, np.uint8))
     call(emulated, "test_write_device", memory, 0)
     assert memory[:2].tolist() == [1, 0]
-    assert "device memory: a write" in error_of(emulated, "test_write_device", memory, offset)
+    message = error_of(emulated, "test_write_device", memory, offset)
+    assert f"byte {offset} of 100 bytes of device memory" in message
     call(emulated, "test_write_device", memory, 99)  # is told once
 
 
@@ -223,7 +261,7 @@ def test_write_beside_device_memory_by_the_host_is_told_when_asked(emulated: cty
     memory = device_array(emulated, np.zeros(100, np.uint8))
     ctypes.memset(memory.ctypes.data + 100, 0, 1)
     assert emulated.check_guards() == 1
-    assert b"a write at byte 100, behind the end" in emulated.emulated_error()
+    assert b"something wrote to byte 100 of 100 bytes of device memory" in emulated.emulated_error()
     assert emulated.check_guards() == 0
 
 
@@ -295,10 +333,98 @@ def test_blocks_run_in_an_order_of_the_seed(emulated: ctypes.CDLL) -> None:
     assert sorted(orders[1]) == orders[0] != orders[1]
 
 
-def test_flag_before_its_value_is_seen_under_some_seed(emulated: ctypes.CDLL) -> None:
+def test_flag_before_its_value_is_seen_under_some_seed(plain: ctypes.CDLL) -> None:
     values = set()
     for seed in SEEDS:
         flag, value, seen = np.zeros(1, np.uint32), np.zeros(1, np.int32), np.zeros(1, np.int32)
-        call(emulated, "test_flag_too_early", *(flag, value, seen), seed=seed)
+        call(plain, "test_flag_too_early", *(flag, value, seen), seed=seed)
         values.add(int(seen[0]))
     assert values == {0, 7}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flag_before_its_value_is_named(watched: ctypes.CDLL, seed: int) -> None:
+    flag, value, seen = np.zeros(1, np.uint32), np.zeros(1, np.int32), np.zeros(1, np.int32)
+    message = error_of(watched, "test_flag_too_early", flag, value, seen, seed=seed)
+    assert "nothing orders this and the " in message
+
+
+# ---- accesses ----
+
+
+@pytest.mark.parametrize(
+    "missing", ["nothing", "release", "acquire", "sync_before", "sync_after", "order"]
+)
+@pytest.mark.parametrize("seed", range(6))
+def test_values_handed_to_the_last_block_need_fences(
+    watched: ctypes.CDLL, missing: str, seed: int
+) -> None:
+    steps = {
+        "nothing": 15,
+        "release": 14,
+        "acquire": 13,
+        "sync_before": 11,
+        "sync_after": 7,
+        "order": 30,
+    }
+    values, n_came, sum_of_all = (
+        np.zeros((6, 64), np.int32),
+        np.zeros(1, np.uint32),
+        np.zeros(64, np.int32),
+    )
+    arguments = ("test_hand_over", steps[missing], values, n_came, sum_of_all)
+    if missing == "nothing":
+        call(watched, *arguments, seed=seed)
+        np.testing.assert_array_equal(sum_of_all, 15 + 6 * np.arange(64))
+    else:
+        assert "nothing orders this and the " in error_of(watched, *arguments, seed=seed)
+
+
+@pytest.mark.parametrize("offset", [64, 3000, -4])
+def test_read_beside_memory_is_named(watched: ctypes.CDLL, offset: int) -> None:
+    x, y = np.zeros(16, np.float32), np.zeros(1, np.float32)
+    call(watched, "test_read_at", x, 60, y)
+    message = error_of(watched, "test_read_at", x, offset, y)
+    assert "block 0, thread 0 (selftest.cu:" in message
+    assert f"reads 4 bytes at byte {offset} of 64 bytes of device memory" in message
+
+
+def test_access_that_is_not_aligned_is_named(watched: ctypes.CDLL) -> None:
+    x, y = np.zeros(16, np.float32), np.zeros(4, np.float32)
+    call(watched, "test_read_four_at", x, 48, y)
+    message = error_of(watched, "test_read_four_at", x, 8, y)
+    assert "(selftest.cu:" in message
+    assert message.endswith("uses an address that is no multiple of 16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (0, 4, "an index beside its array"),
+        (1, 32, "a shift by less than 0 or by too much"),
+        (2, 2**31 - 1, "a sum that overflows"),
+        (3, 2**16, "a product that overflows"),
+        (4, 0, "a division by 0, or that overflows"),
+        (5, 2**30, "a float that does not fit the integer"),
+    ],
+)
+def test_what_is_undefined_is_named(
+    watched: ctypes.CDLL, kind: int, value: int, message: str
+) -> None:
+    y = np.zeros(1, np.int32)
+    call(watched, "test_undefined", kind, 1, y)
+    assert error_of(watched, "test_undefined", kind, value, y).endswith(message)
+
+
+def test_shuffle_orders_no_accesses(watched: ctypes.CDLL) -> None:
+    y = np.zeros(32, np.int32)
+    call(watched, "test_neighbour", 1, y)
+    np.testing.assert_array_equal(y, np.roll(np.arange(32), -1))
+    assert "nothing orders this and the " in error_of(watched, "test_neighbour", 0, y)
+
+
+def test_plain_write_of_two_blocks_is_named(watched: ctypes.CDLL) -> None:
+    y = np.zeros(4, np.uint8)
+    call(watched, "test_write_by_blocks", y, 1)
+    assert y.tolist() == [1, 1, 1, 1]  # bytes beside one another
+    assert "block 1, thread 0" in error_of(watched, "test_write_by_blocks", y, 0)

@@ -17,6 +17,7 @@ namespace camelid::cuda::emulated {
 
 Fiber* current = nullptr;
 Grid grid{};
+bool watched = false;
 
 namespace {
 
@@ -27,6 +28,9 @@ constexpr int kThreadsPerMultiprocessor = 2048;
 constexpr int kBlocksPerMultiprocessor = 32;
 constexpr std::size_t kSharedPerMultiprocessor = 228 * 1024;
 constexpr std::size_t kSharedOfSystem = 1024;  // of every block, beside its own
+
+constexpr std::size_t kSharedGuard = 4 * 1024;
+constexpr std::size_t kDeviceGuard = 64 * 1024;
 
 // Looks at memory, for every thread that has not ended, in which nothing else happens.
 constexpr std::int64_t kPatience = 1000;
@@ -50,6 +54,8 @@ struct Machine {
 
   Stacks stacks;
   std::map<const std::byte*, GuardedBytes> allocations;
+  Memories memories;                          // those, and the shared memory of blocks
+  std::map<const unsigned*, KnownPtr> flags;  // what their values tell who looks at them
   std::string error;
 } machine;
 
@@ -105,24 +111,36 @@ void finish_if_complete(Circle& circle) {
   if (circle.act) run_act(circle, circle.act, *circle.last);
   circle.came = 0;
   machine.n_looks = 0;
+  std::vector<History*> histories;
   for (Fiber* fiber = circle.first; fiber != circle.first + circle.size; ++fiber) {
-    if (fiber->state == Fiber::kWaiting) wake(*fiber);
+    if (fiber->state != Fiber::kWaiting) continue;
+    histories.push_back(&fiber->history);
+    wake(*fiber);
   }
+  // Shuffles and products exchange registers; they order no accesses to memory.
+  if (watched && !circle.act) meet(histories);
 }
 
-void execute(const Copy& copy) {
+void execute(Copy& copy) {
+  if (copy.executed) return;
   std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.n_bytes));
   std::memset(copy.shared + copy.n_bytes, 0, static_cast<std::size_t>(16 - copy.n_bytes));
+  copy.executed = true;
 }
 
-void execute_copies(Fiber& fiber, int before_group) {
+void finish_copies_before(Fiber& fiber, int group) {
   auto copy = fiber.copies.begin();
-  for (; copy != fiber.copies.end() && copy->group < before_group; ++copy) execute(*copy);
+  for (; copy != fiber.copies.end() && copy->group < group; ++copy) {
+    execute(*copy);
+    if (!watched) continue;
+    GuardedBytes& shared = fiber.block->shared;
+    shared.shadow().arrive(shared.offset_of(copy->shared), 16, fiber.history);
+  }
   fiber.copies.erase(fiber.copies.begin(), copy);
 }
 
 void end(Fiber& fiber) {
-  execute_copies(fiber, fiber.open_group + 1);
+  finish_copies_before(fiber, fiber.open_group + 1);
   fiber.state = Fiber::kEnded;
   machine.n_looks = 0;
   --machine.n_alive;
@@ -216,7 +234,8 @@ void run_blocks(const std::vector<int>& indices) {
     Block& block = blocks.emplace_back(index, grid.threads, grid.shared_bytes);
     machine.n_alive += grid.threads;
     for (Fiber& fiber : block.fibers) {
-      fiber.context.start(machine.stacks.get(n_stacks++), Stacks::kBytes, fiber_main);
+      fiber.stack = machine.stacks.get(n_stacks++);
+      fiber.context.start(fiber.stack, Stacks::kBytes, fiber_main);
       wake(fiber);
     }
   }
@@ -230,7 +249,7 @@ void run_blocks(const std::vector<int>& indices) {
   if (machine.n_alive > 0) fail_launch("no thread can go on: ", who_waits(blocks));
   for (const Block& block : blocks) {
     const std::string damage = block.shared.damage();
-    if (!damage.empty()) fail_launch("block ", block.index, ", shared memory: ", damage);
+    if (!damage.empty()) fail_launch("block ", block.index, ": ", damage);
   }
 }
 
@@ -250,8 +269,9 @@ void check_limits() {
 void check_allocations() {
   for (auto& [memory, bytes] : machine.allocations) {
     const std::string damage = bytes.damage();
-    bytes.repair();
-    if (!damage.empty()) fail(ErrorCode::kInternal, "device memory: ", damage);
+    if (damage.empty()) continue;
+    bytes.repair();  // is told once
+    fail(ErrorCode::kInternal, damage);
   }
 }
 
@@ -259,7 +279,7 @@ void check_allocations() {
 
 Block::Block(int index, int n_threads, std::size_t shared_bytes)
     : index(index),
-      shared(shared_bytes),
+      shared("shared memory", shared_bytes, kSharedGuard),
       fibers(static_cast<std::size_t>(n_threads)),
       warps(static_cast<std::size_t>((n_threads + kLanes - 1) / kLanes)) {
   first = fibers.data();
@@ -272,13 +292,21 @@ Block::Block(int index, int n_threads, std::size_t shared_bytes)
     fiber.block = this;
     fiber.warp = &warp;
     fiber.thread = thread;
+    fiber.history.block = index;
+    fiber.history.thread = thread;
+    fiber.history.n_threads = n_threads;
   }
+  machine.memories.add(shared);
 }
+
+Block::~Block() { machine.memories.remove(shared); }
 
 void run(const Grid& what, const std::function<void()>& thread) {
   grid = what;
   check_limits();
   machine.thread = &thread;
+  machine.flags.clear();
+  for (auto& [memory, bytes] : machine.allocations) bytes.forget_accesses();
   machine.copies = static_cast<Copies>(machine.seed % 3);
   constexpr double kEagerness[] = {0, 0.5, 0.95};
   machine.eagerness = kEagerness[below(3)];
@@ -331,6 +359,9 @@ void meet_warp(const char* what, const Where& where, void* brought, Act act) {
   meet(*current->warp, what, where, brought, act);
 }
 
+namespace {
+
+// After something that others may see. A grid in which all threads only look, for long, is stopped.
 void let_others_go(const char* what, const Where& where, bool looked) {
   machine.n_looks = looked ? machine.n_looks + 1 : 0;
   current->what = what;
@@ -338,6 +369,47 @@ void let_others_go(const char* what, const Where& where, bool looked) {
   wake(*current);
   suspend();
 }
+
+}  // namespace
+
+unsigned add(unsigned* counter, unsigned amount, const Where& where) {
+  const unsigned before = *counter;
+  *counter += amount;
+  if (watched) {
+    KnownPtr& told = machine.flags[counter];
+    current->history.looked = join(current->history.looked, told);
+    told = join(told, current->history.fenced);
+  }
+  let_others_go("add_atomic", where, amount == 0);
+  return before;
+}
+
+void store(unsigned* flag, unsigned value, const Where& where) {
+  *flag = value;
+  if (watched) {
+    KnownPtr& told = machine.flags[flag];
+    told = join(told, current->history.tell());
+  }
+  let_others_go("store_release", where, false);
+}
+
+unsigned load(const unsigned* flag, const Where& where) {
+  let_others_go("load_acquire", where, true);
+  if (watched) current->history.known = join(current->history.known, machine.flags[flag]);
+  return *flag;
+}
+
+void fence() {
+  if (watched) current->history.fence();
+}
+
+}  // namespace camelid::cuda::emulated
+
+#include "accesses.inl"
+
+namespace camelid::cuda::emulated {
+
+// ---- copies ----
 
 namespace {
 
@@ -349,12 +421,9 @@ void check_multiple_of_16(const char* what, const void* pointer, const Where& wh
 // Only memory of device_alloc() is known; others' may be anything.
 void check_source(const void* global, int n_bytes, const Where& where) {
   check_multiple_of_16("copy_async", global, where);
-  for (const auto& [memory, bytes] : machine.allocations) {
-    if (bytes.near(global) && !bytes.holds(global, static_cast<std::size_t>(n_bytes))) {
-      fail_here(where,
-                cat("copy_async from byte ", static_cast<std::int64_t>(bytes.offset_of(global)),
-                    " of a memory of ", bytes.size(), " bytes"));
-    }
+  const GuardedBytes* memory = machine.memories.find(global);
+  if (memory && !memory->holds(global, static_cast<std::size_t>(n_bytes))) {
+    fail_here(where, cat("copy_async from ", memory->place_of(global)));
   }
 }
 
@@ -363,8 +432,7 @@ void check_source(const void* global, int n_bytes, const Where& where) {
 void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where) {
   const GuardedBytes& memory = current->block->shared;
   if (!memory.holds(pointer, n_bytes)) {
-    fail_here(where, cat(what, " at byte ", static_cast<std::int64_t>(memory.offset_of(pointer)),
-                         " of ", memory.size(), " bytes of shared memory"));
+    fail_here(where, cat(what, " at ", memory.place_of(pointer)));
   }
   check_multiple_of_16(what, pointer, where);
 }
@@ -373,18 +441,22 @@ void start_copy(void* shared, const void* global, int n_bytes, const Where& wher
   if (n_bytes < 0 || n_bytes > 16) fail_here(where, cat("copy_async of ", n_bytes, " bytes"));
   check_shared("copy_async", shared, 16, where);
   if (n_bytes > 0) check_source(global, n_bytes, where);
-  const Copy copy{static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), n_bytes,
-                  current->open_group};
+  if (watched) {
+    const void* code = __builtin_return_address(0);
+    if (n_bytes > 0) access(global, static_cast<std::size_t>(n_bytes), kReads, code);
+    access(shared, 16, kWritesLater, code);
+  }
+  Copy& copy = current->copies.emplace_back(Copy{static_cast<std::byte*>(shared),
+                                                 static_cast<const std::byte*>(global), n_bytes,
+                                                 current->open_group, false});
   const bool early =
       machine.copies == Copies::kEarly || (machine.copies == Copies::kRandom && below(2) == 0);
-  if (early) {
-    execute(copy);
-  } else {
-    current->copies.push_back(copy);
-  }
+  if (early) execute(copy);
 }
 
-void finish_copies(int n_pending) { execute_copies(*current, current->open_group - n_pending); }
+void finish_copies(int n_pending) {
+  finish_copies_before(*current, current->open_group - n_pending);
+}
 
 std::string place(const Where& where) {
   return cat("block ", current->block->index, ", thread ", current->thread, " (", line_of(where),
@@ -422,9 +494,9 @@ void emulated_seed(std::uint64_t seed) {
 void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
 
 void* device_alloc(std::size_t bytes) {
-  GuardedBytes memory(bytes);
+  GuardedBytes memory("device memory", bytes, kDeviceGuard);
   std::byte* data = memory.data();
-  machine.allocations.emplace(data, std::move(memory));
+  machine.memories.add(machine.allocations.emplace(data, std::move(memory)).first->second);
   return data;
 }
 
@@ -435,8 +507,9 @@ int device_free(void* memory) {
       fail(ErrorCode::kInternal, "device_free of what device_alloc never gave");
     }
     const std::string damage = found->second.damage();
+    machine.memories.remove(found->second);
     machine.allocations.erase(found);
-    if (!damage.empty()) fail(ErrorCode::kInternal, "device memory: ", damage);
+    if (!damage.empty()) fail(ErrorCode::kInternal, damage);
   });
 }
 

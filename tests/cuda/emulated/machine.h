@@ -27,11 +27,13 @@ struct Copy {
   const std::byte* global;
   int n_bytes;  // of them; the others become zeros
   int group;
+  bool executed;
 };
 
 // One thread of the GPU. Runs until it waits for others, lets others go, or ends.
 struct Fiber {
   Context context;
+  std::byte* stack = nullptr;
   Block* block = nullptr;
   Warp* warp = nullptr;
   int thread = 0;  // in the block
@@ -44,9 +46,13 @@ struct Fiber {
 
   std::vector<Copy> copies;  // in flight, oldest first
   int open_group = 0;        // of copies: those before it are committed
+
+  History history;  // kept while accesses are reported
 };
 
-// What the last thread to come does for all: lanes[i] is what lane i brought.
+// What the last thread to come does for all: lanes[i] is what lane i brought. It reports no accesses
+// as that thread's own.
+#define UNWATCHED __attribute__((no_sanitize("thread")))
 using Act = void (*)(void* const* lanes);
 
 // Threads that wait for one another: a block's or a warp's. They are neighbours in memory.
@@ -65,6 +71,7 @@ struct Warp : Circle {
 
 struct Block : Circle {
   Block(int index, int n_threads, std::size_t shared_bytes);
+  ~Block();
   Block(const Block&) = delete;  // its fibers know where it is
   int index;
   GuardedBytes shared;
@@ -84,6 +91,9 @@ struct Grid {
 extern Fiber* current;
 extern Grid grid;
 
+// Whether kernels were compiled to report their accesses (see emulated_build.py), to be checked.
+extern bool watched;
+
 // Runs all threads of a grid to their end. Throws Error when one of them does, when no thread can go
 // on, and when memory was written that is nobody's.
 void run(const Grid& grid, const std::function<void()>& thread);
@@ -93,9 +103,18 @@ void run(const Grid& grid, const std::function<void()>& thread);
 void meet_warp(const char* what, const Where& where, void* brought = nullptr, Act act = nullptr);
 void meet_block(const char* what, const Where& where);
 
-// Lets others go first, after something that others may see. `looked`: only looked at memory. A grid
-// in which all threads only look, for long, is stopped.
-void let_others_go(const char* what, const Where& where, bool looked);
+// Words that threads of all blocks read and write at once; others may go first after each. When all
+// threads only look, for long, the grid is stopped.
+unsigned add(unsigned* counter, unsigned amount, const Where& where);
+void store(unsigned* flag, unsigned value, const Where& where);
+unsigned load(const unsigned* flag, const Where& where);
+void fence();
+
+// An access to memory by compiled code at `code`; checked before it happens.
+void report(const void* pointer, std::size_t n_bytes, bool writes, const void* code);
+
+// Where the code is that this was called from.
+__attribute__((noinline)) inline const void* code_here() { return __builtin_return_address(0); }
 
 // Holds an instruction to its addresses: inside the block's shared memory, multiples of 16.
 void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where);

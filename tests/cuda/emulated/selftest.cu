@@ -197,7 +197,9 @@ __global__ void grid_barrier(unsigned* state, int* values, int* sums) {
   if (thread_index() == 0) {
     values[block_index()] = block_index() + 1;
     fence_blocks();
-    if (add_atomic(came, 1) == static_cast<unsigned>(grid_size()) - 1) store_release(open, 1);
+    const unsigned before = add_atomic(came, 1);
+    fence_blocks();
+    if (before == static_cast<unsigned>(grid_size()) - 1) store_release(open, 1);
     while (load_acquire(open) == 0) {
     }
   }
@@ -222,6 +224,58 @@ __global__ void flag_too_early(unsigned* flag, int* value, int* seen) {
     *seen = *value;
   }
 }
+
+// ---- accesses that need an order ----
+
+// The last block to come adds up what all wrote. Steps that are not in `steps` are left out; 16 has
+// all threads fence before they meet, which is not the same as one after it.
+__global__ void hand_over(int steps, int* values, unsigned* n_came, int* sums) {
+  auto* before = reinterpret_cast<unsigned*>(shared_memory());
+  values[block_index() * block_size() + thread_index()] = block_index() + thread_index();
+  if (steps & 16) fence_blocks();
+  if (steps & 4) sync_block();
+  if (thread_index() == 0) {
+    if (steps & 1) fence_blocks();
+    *before = add_atomic(n_came, 1);
+    if (steps & 2) fence_blocks();
+  }
+  if (steps & 8) sync_block();
+  if (*before != static_cast<unsigned>(grid_size()) - 1) return;
+  int sum = 0;
+  for (int i = 0; i < grid_size(); ++i) sum += values[i * block_size() + thread_index()];
+  sums[thread_index()] = sum;
+}
+
+__global__ void read_at(const std::byte* x, int offset, float* y) {
+  *y = *reinterpret_cast<const float*>(x + offset);
+}
+__global__ void read_four_at(const std::byte* x, int offset, float4* y) {
+  *y = *reinterpret_cast<const float4*>(x + offset);
+}
+
+__global__ void undefined(int kind, int value, int* y) {
+  const int four[4] = {value, 1, 2, 3};
+  if (kind == 0) *y = four[value];
+  if (kind == 1) *y = 1 << value;
+  if (kind == 2) *y = value + 1;
+  if (kind == 3) *y = value * value;
+  if (kind == 4) *y = 1 / value;
+  if (kind == 5) *y = static_cast<int>(4.0f * static_cast<float>(value));
+}
+
+template <bool kSync>
+__global__ void neighbour(int* y) {
+  int* values = reinterpret_cast<int*>(shared_memory());
+  values[thread_index()] = thread_index();
+  if (kSync) {
+    sync_warp();
+  } else {
+    shuffle(0, 0);
+  }
+  y[thread_index()] = values[(thread_index() + 1) % kWarp];
+}
+
+__global__ void write_by_blocks(std::uint8_t* y, int stride) { y[block_index() * stride] = 1; }
 
 }  // namespace
 }  // namespace camelid::cuda
@@ -335,5 +389,30 @@ int test_flag_too_early(unsigned* flag, int* value, int* seen) {
     launch("flag", flag_too_early, {.blocks = 2, .threads = 1, .together = true}, flag, value,
            seen);
   });
+}
+
+int test_hand_over(int steps, int* values, unsigned* n_came, int* sums) {
+  return caught([&] {
+    launch("hand_over", hand_over, {.blocks = 6, .threads = 64, .shared_bytes = 4}, steps, values,
+           n_came, sums);
+  });
+}
+int test_read_at(const std::byte* x, int offset, float* y) {
+  return caught([&] { launch("read_at", read_at, {.threads = 1}, x, offset, y); });
+}
+int test_read_four_at(const std::byte* x, int offset, float4* y) {
+  return caught([&] { launch("read_four_at", read_four_at, {.threads = 1}, x, offset, y); });
+}
+int test_undefined(int kind, int value, int* y) {
+  return caught([&] { launch("undefined", undefined, {.threads = 1}, kind, value, y); });
+}
+int test_neighbour(int sync, int* y) {
+  return caught([&] {
+    launch("neighbour", sync ? neighbour<true> : neighbour<false>, {.shared_bytes = 128}, y);
+  });
+}
+int test_write_by_blocks(std::uint8_t* y, int stride) {
+  return caught(
+      [&] { launch("by_blocks", write_by_blocks, {.blocks = 4, .threads = 1}, y, stride); });
 }
 }

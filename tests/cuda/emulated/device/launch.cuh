@@ -93,7 +93,7 @@ T exchange(const char* what, T value, int from, const Where& where) {
     T value;
     int from;
   } mine{value, from};
-  meet_warp(what, where, &mine, [](void* const* lanes) {
+  meet_warp(what, where, &mine, [](void* const* lanes) UNWATCHED {
     T values[kLanes];
     for (int i = 0; i < kLanes; ++i) values[i] = static_cast<Brought*>(lanes[i])->value;
     for (int i = 0; i < kLanes; ++i) {

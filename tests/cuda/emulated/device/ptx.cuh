@@ -56,7 +56,7 @@ struct Mma {
 };
 
 // c[16 x 8] += a[16 x 16] b[16 x 8]. Products of bf16 are exact in float32.
-inline void multiply(void* const* lanes) {
+UNWATCHED inline void multiply(void* const* lanes) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const Mma& mine = *static_cast<const Mma*>(lanes[lane]);
@@ -94,7 +94,8 @@ struct MatrixRow {
   std::uint32_t* r;  // 4
 };
 
-inline void load(void* const* lanes) {
+// Each lane reads its own row, wherever the values go.
+UNWATCHED inline void load_rows(void* const* lanes) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const MatrixRow& mine = *static_cast<const MatrixRow*>(lanes[lane]);
     for (int m = 0; m < 4; ++m) {
@@ -109,8 +110,9 @@ inline void load(void* const* lanes) {
 inline void load_matrices(std::uint32_t (&r)[4], const void* row,
                           emulated::Where where = emulated::Where::current()) {
   emulated::check_shared("load_matrices", row, 16, where);
+  if (emulated::watched) emulated::report(row, 16, false, emulated::code_here());
   emulated::MatrixRow mine{row, r};
-  emulated::meet_warp("load_matrices", where, &mine, emulated::load);
+  emulated::meet_warp("load_matrices", where, &mine, emulated::load_rows);
 }
 
 inline std::uint32_t pack_bf16x2(float low, float high) {
@@ -130,25 +132,19 @@ inline float exp_fast(float x) { return std::exp(x); }
 inline float4 load_shared_by_blocks(const float4* pointer) { return *pointer; }
 inline float load_shared_by_blocks(const float* pointer) { return *pointer; }
 
-// Everybody sees every write at once here, in order; but after each of these others may go first.
-inline void fence_blocks() {}
+inline void fence_blocks() { emulated::fence(); }
 
 inline unsigned add_atomic(unsigned* counter, unsigned amount,
                            emulated::Where where = emulated::Where::current()) {
-  const unsigned before = *counter;
-  *counter += amount;
-  emulated::let_others_go("add_atomic", where, amount == 0);
-  return before;
+  return emulated::add(counter, amount, where);
 }
 inline void store_release(unsigned* flag, unsigned value,
                           emulated::Where where = emulated::Where::current()) {
-  *flag = value;
-  emulated::let_others_go("store_release", where, false);
+  emulated::store(flag, value, where);
 }
 inline unsigned load_acquire(const unsigned* flag,
                              emulated::Where where = emulated::Where::current()) {
-  emulated::let_others_go("load_acquire", where, true);
-  return *flag;
+  return emulated::load(flag, where);
 }
 
 // ---- kernels one after the other: they always are ----
