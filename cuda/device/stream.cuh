@@ -76,7 +76,11 @@ template <class Header>
 constexpr std::size_t kStreamHeaderBytes = (sizeof(Header) + 127) / 128 * 128;
 
 // The block's shared memory begins with a Header that has List lists[] and unsigned flag; the ring
-// of Shape::kBytes follows. Addresses the compiler knows take no registers, which are few here.
+// of Shape::kBytes follows.
+//
+// Instructions are what this loop runs short of: at the speed of HBM an SM has 1772 issue slots for
+// the units of its 8 warps, and turning integers into bf16 takes half of them. So whatever stays the
+// same along a row block is found once for it, by next_segment().
 template <class Shape, class Header>
 class Stream {
  public:
@@ -84,151 +88,181 @@ class Stream {
 
   // Starts to copy the weights of the first units of the lists before `known`.
   __device__ void prefetch(int known) {
-    while (n_weights_ < n_done_ + Shape::kSlots - 1 && ready(weights_, known)) load_weights();
+#pragma unroll 1
+    while (n_ahead_ < Shape::kSlots - 1 && find_weights(known)) load_weights();
     commit_copies();
   }
 
   // Works off the lists before `end`, whose tokens are there, and copies ahead weights of lists
   // before `known`, which are set. The block meets inside.
   __device__ void run(int end, int known) {
+#pragma unroll 1
     for (int i = 0; i < Shape::kSlots - 1; ++i) {
-      if (n_weights_ == n_done_ + i && ready(weights_, known)) load_weights();
-      if (ready(tokens_, end)) load_tokens(n_done_ + i);
+      if (n_ahead_ == i && find_weights(known)) load_weights();
+      if (find_tokens(end)) load_tokens();
       commit_copies();
     }
     // Here and not members: they are nobody's between two runs, and registers are few.
     Sums sums;
-    int first_chunk = 0;
-    while (ready(now_, end)) {
+    int n_tiles = 0;
+    while (true) {
+      if (now_.left == 0) {
+        if (!next_segment(now_, end)) break;
+        n_tiles = divide_up(n_tokens(now_), kTokenTile);
+        // A warp past the last row multiplies by nothing.
+        if (now_.row_block * kStreamWarps + warp() >= list_at(now_).shape.n_row_tiles()) {
+          n_tiles = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < Shape::kTokenTiles; ++i) sums[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+      }
       wait_copies<Shape::kSlots - 2>();
       sync_block();  // all have copied this unit, and left the one before
-      if (n_weights_ < n_done_ + Shape::kSlots && ready(weights_, known)) load_weights();
-      if (ready(tokens_, end)) load_tokens(n_done_ + Shape::kSlots - 1);
+      if (n_ahead_ < Shape::kSlots && find_weights(known)) load_weights();
+      if (find_tokens(end)) load_tokens();
       commit_copies();
-      multiply(sums, first_chunk);
+      if (n_tiles > 0) multiply_chunk(sums, slot_at(now_), n_tiles, list_at(now_).shape.entries);
+      --n_ahead_;
+      step(now_);
+      if (now_.left == 0 && complete(sums)) write(sums);
     }
   }
 
  private:
   using Sums = float4[Shape::kTokenTiles];
+  // 16-byte pieces of the tokens of a unit that a thread copies.
+  static constexpr int kPieces =
+      divide_up(Shape::kTokens * Shape::kTokenBytes / 16, kStreamThreads);
+  static constexpr int kTokenPieces = Shape::kTokenBytes / 16;
 
-  // A place in the units of all lists.
+  // A place in the units of all lists. Its segment: the units of one row block that are this block's.
   struct Cursor {
     int list = -1;
-    int unit = 0;
-    int task = 0, row_block = 0, chunk = 0;
+    int unit = 0;  // of the list, behind the segment
+    int task = 0, row_block = 0;
+    int chunk = 0;  // the segment's first
+    int left = 0;   // units of the segment
+    int slot = 0;   // of the ring, in bytes
   };
 
-  // True where the cursor stands on a unit of a list before `end`; goes on to the next such list.
-  __device__ bool ready(Cursor& cursor, int end) {
+  // Goes to the next segment of the lists before `end`, where there is one.
+  __device__ static bool next_segment(Cursor& cursor, int end) {
     while (cursor.list < 0 || cursor.unit == list_at(cursor).share.last) {
       if (cursor.list + 1 >= end) return false;
       ++cursor.list;
-      const List& list = list_at(cursor);
-      cursor.unit = list.share.first;
-      if (list.share.first == list.share.last) continue;  // its sizes may be 0
-      const int row_block = cursor.unit / list.n_chunks;
-      cursor.chunk = cursor.unit - row_block * list.n_chunks;
-      cursor.task = row_block / list.n_row_blocks;
-      cursor.row_block = row_block - cursor.task * list.n_row_blocks;
+      cursor.unit = list_at(cursor).share.first;
     }
+    const List& list = list_at(cursor);
+    const int row_block = cursor.unit / list.n_chunks;
+    cursor.chunk = cursor.unit - row_block * list.n_chunks;
+    cursor.task = row_block / list.n_row_blocks;
+    cursor.row_block = row_block - cursor.task * list.n_row_blocks;
+    const int end_of_block = cursor.unit + list.n_chunks - cursor.chunk;
+    const int segment_end = end_of_block < list.share.last ? end_of_block : list.share.last;
+    cursor.left = segment_end - cursor.unit;
+    cursor.unit = segment_end;
     return true;
   }
 
-  __device__ void advance(Cursor& cursor) {
-    const List& list = list_at(cursor);
-    ++cursor.unit;
-    if (++cursor.chunk < list.n_chunks) return;
-    cursor.chunk = 0;
-    if (++cursor.row_block < list.n_row_blocks) return;
-    cursor.row_block = 0;
-    ++cursor.task;
+  __device__ static void step(Cursor& cursor) {
+    --cursor.left;
+    cursor.slot += Shape::kSlotBytes;
+    if (cursor.slot == Shape::kBytes) cursor.slot = 0;
   }
 
   __device__ static Header& header() { return *reinterpret_cast<Header*>(shared_memory()); }
   __device__ static const List& list_at(const Cursor& cursor) {
     return header().lists[cursor.list];
   }
-  __device__ static std::byte* slot(int unit) {
-    return shared_memory() + kStreamHeaderBytes<Header> + unit % Shape::kSlots * Shape::kSlotBytes;
+  __device__ static std::byte* slot_at(const Cursor& cursor) {
+    return shared_memory() + kStreamHeaderBytes<Header> + cursor.slot;
+  }
+  __device__ static int first_token(const Cursor& cursor) {
+    return list_at(cursor).starts[cursor.task];
+  }
+  __device__ static int n_tokens(const Cursor& cursor) {
+    return list_at(cursor).starts[cursor.task + 1] - first_token(cursor);
+  }
+  __device__ static int warp() { return thread_index() / kWarp; }
+  __device__ static int lane() { return thread_index() % kWarp; }
+
+  // True where a unit's weights are to be copied; finds where this lane's part of them lies.
+  __device__ bool find_weights(int end) {
+    if (weights_.left > 0) return true;
+    if (!next_segment(weights_, end)) return false;
+    const List& list = list_at(weights_);
+    const int matrix = list.matrices == nullptr ? weights_.task : list.matrices[weights_.task];
+    const TilePointers at = list.table[matrix];
+    const int row_tile = weights_.row_block * kStreamWarps + warp();
+    scale_step_ = list.shape.chunk_scale_bytes();
+    tiles_ = at.tiles + row_tile * list.shape.row_tile_bytes() +
+             std::int64_t{weights_.chunk} * Shape::kWarpBytes + lane() * 16;
+    scales_ = at.scales + row_tile * list.shape.row_tile_scale_bytes() +
+              std::int64_t{weights_.chunk} * scale_step_ + lane() * 16;
+    if (row_tile >= list.shape.n_row_tiles()) tiles_ = nullptr;
+    return true;
   }
 
   __device__ void load_weights() {
-    const List& list = list_at(weights_);
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const int row_tile = weights_.row_block * kStreamWarps + warp;
-    std::byte* to = slot(n_weights_);
-    if (row_tile < list.shape.n_row_tiles()) {
-      const int matrix = list.matrices == nullptr ? weights_.task : list.matrices[weights_.task];
-      const TilePointers at = list.table[matrix];
-      const std::byte* tiles = at.tiles + row_tile * list.shape.row_tile_bytes() +
-                               std::int64_t{weights_.chunk} * Shape::kWarpBytes;
+    if (tiles_ != nullptr) {
+      std::byte* to = slot_at(weights_) + warp() * Shape::kWarpBytes + lane() * 16;
 #pragma unroll
       for (int i = 0; i < Shape::kWarpBytes / (kWarp * 16); ++i) {
-        const int offset = (i * kWarp + lane) * 16;
-        copy_async_once(to + warp * Shape::kWarpBytes + offset, tiles + offset);
+        copy_async_once(to + i * kWarp * 16, tiles_ + i * kWarp * 16);
       }
-      const int bytes = list.shape.chunk_scale_bytes();
-      if (lane * 16 < bytes) {
-        const std::byte* scales = at.scales + row_tile * list.shape.row_tile_scale_bytes() +
-                                  std::int64_t{weights_.chunk} * bytes;
-        copy_async_once(to + Shape::kScalesAt + warp * Shape::kWarpScaleBytes + lane * 16,
-                        scales + lane * 16);
+      tiles_ += Shape::kWarpBytes;
+      if (lane() * 16 < scale_step_) {
+        std::byte* scales = slot_at(weights_) + Shape::kScalesAt;
+        copy_async_once(scales + warp() * Shape::kWarpScaleBytes + lane() * 16, scales_);
       }
+      scales_ += scale_step_;
     }
-    ++n_weights_;
-    advance(weights_);
+    ++n_ahead_;
+    step(weights_);
   }
 
-  __device__ void load_tokens(int unit) {
+  // True where a unit's tokens are to be copied; finds where this thread's pieces of them lie.
+  __device__ bool find_tokens(int end) {
+    if (tokens_.left > 0) return true;
+    if (!next_segment(tokens_, end)) return false;
     const List& list = list_at(tokens_);
-    const int first = list.starts[tokens_.task];
-    const int n_tokens = list.starts[tokens_.task + 1] - first;
-    std::byte* to = slot(unit) + Shape::kTokensAt;
-    constexpr int kPieces = Shape::kTokenBytes / 16;
-    for (int i = thread_index(); i < n_tokens * kPieces; i += kStreamThreads) {
-      const int token = i / kPieces, piece = i % kPieces;
-      const int row = list.gather == nullptr ? first + token : list.gather[first + token];
-      const int input = tokens_.chunk * kChunkInputs + piece * 8;
-      const int left = (list.shape.inputs - input) * 2;  // bytes, may be less than none
-      const std::uint16_t* from = list.x + std::int64_t{row} * list.x_stride;
-      copy_async(to + token * Shape::kTokenBytes + place_of(token, piece) * 16,
-                 left > 0 ? from + input : from,
-                 left < 0    ? 0
-                 : left < 16 ? left
-                             : 16);
+    const int first = first_token(tokens_), n = n_tokens(tokens_);
+    x_ = list.x;
+    const int input = tokens_.chunk * kChunkInputs + thread_index() % kTokenPieces * 8;
+    left_ = list.shape.inputs - input;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int token = (thread_index() + i * kStreamThreads) / kTokenPieces;
+      const bool there = token < n;
+      const int row = !there || list.gather == nullptr ? first + token : list.gather[first + token];
+      from_[i] = there ? row * list.x_stride + input : -1;
     }
-    advance(tokens_);
+    return true;
+  }
+
+  __device__ void load_tokens() {
+    const int bytes = left_ < 0 ? 0 : left_ < 8 ? left_ * 2 : 16;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (from_[i] >= 0) {
+        const int token = (thread_index() + i * kStreamThreads) / kTokenPieces;
+        const int place = place_of(token, thread_index() % kTokenPieces);
+        std::byte* to = slot_at(tokens_) + Shape::kTokensAt + token * Shape::kTokenBytes;
+        copy_async(to + place * 16, bytes == 0 ? x_ : x_ + from_[i], bytes);
+        from_[i] += kChunkInputs;
+      }
+    }
+    left_ -= kChunkInputs;
+    step(tokens_);
   }
 
   // Where a token's piece of 8 inputs lies, so that load_matrices meets all banks.
   __device__ static int place_of(int token, int piece) { return piece ^ (token % 8); }
 
-  // `first_chunk` is the first of the row block that this block has.
-  __device__ void multiply(Sums& sums, int& first_chunk) {
-    const List& list = list_at(now_);
-    const int warp = thread_index() / kWarp;
-    const int first = list.starts[now_.task];
-    const int n_tokens = list.starts[now_.task + 1] - first;
-    if (now_.chunk == 0 || now_.unit == list.share.first) {
-      first_chunk = now_.chunk;
-#pragma unroll
-      for (int i = 0; i < Shape::kTokenTiles; ++i) sums[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-    }
-    if (now_.row_block * kStreamWarps + warp < list.shape.n_row_tiles()) {
-      multiply_chunk(sums, slot(n_done_), divide_up(n_tokens, kTokenTile), list.shape.entries);
-    }
-    if (now_.chunk + 1 == list.n_chunks || now_.unit + 1 == list.share.last) {
-      if (complete(list, sums, first_chunk)) write(list, sums, first, n_tokens);
-    }
-    ++n_done_;
-    advance(now_);
-  }
-
   __device__ void multiply_chunk(Sums& sums, const std::byte* slot, int n_tiles, int entries) {
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const std::byte* words = slot + warp * Shape::kWarpBytes + lane * 16;
-    const std::byte* scales = slot + Shape::kScalesAt + warp * Shape::kWarpScaleBytes;
+    const int lane = this->lane();
+    const std::byte* words = slot + warp() * Shape::kWarpBytes + lane * 16;
+    const std::byte* scales = slot + Shape::kScalesAt + warp() * Shape::kWarpScaleBytes;
     float part[Shape::kTokenTiles][4] = {};
     float2 low = {1.0f, 0.0f}, high = low;  // scale and zero point of rows g and g + 8
 #pragma unroll
@@ -310,28 +344,28 @@ class Stream {
     }
   }
 
-  // True where the sums are those of all chunks; else another block completes them.
-  __device__ bool complete(const List& list, Sums& sums, int first_chunk) {
-    if (first_chunk == 0 && now_.chunk + 1 == list.n_chunks) return true;
+  // True where the segment's sums are those of all chunks; else another block completes them.
+  __device__ bool complete(Sums& sums) {
+    const List& list = list_at(now_);
     const int result = now_.task * list.n_row_blocks + now_.row_block;
-    const int n_units = list.n_tasks * list.n_row_blocks * list.n_chunks;
     const int first_unit = result * list.n_chunks;
+    if (now_.chunk == 0 && now_.unit == first_unit + list.n_chunks) return true;
+    const int n_units = list.n_tasks * list.n_row_blocks * list.n_chunks;
     const Sharers sharers = {owner_of(first_unit, list.n_blocks, n_units),
                              owner_of(first_unit + list.n_chunks - 1, list.n_blocks, n_units),
                              now_.list};
     return complete_sums(sums, parts_, list.first_result + result, sharers, &header().flag);
   }
 
-  __device__ void write(const List& list, const Sums& sums, int first, int n_tokens) {
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const int row_tile = now_.row_block * kStreamWarps + warp;
+  __device__ void write(const Sums& sums) {
+    const List& list = list_at(now_);
+    const int first = first_token(now_), n = n_tokens(now_);
+    const int row_tile = now_.row_block * kStreamWarps + warp();
 #pragma unroll
     for (int i = 0; i < Shape::kTokenTiles; ++i) {
-      const int token = i * kTokenTile + lane % 4 * 2;
-      if (token < n_tokens) write_token(list, row_tile, first + token, sums[i].x, sums[i].z);
-      if (token + 1 < n_tokens) {
-        write_token(list, row_tile, first + token + 1, sums[i].y, sums[i].w);
-      }
+      const int token = i * kTokenTile + lane() % 4 * 2;
+      if (token < n) write_token(list, row_tile, first + token, sums[i].x, sums[i].z);
+      if (token + 1 < n) write_token(list, row_tile, first + token + 1, sums[i].y, sums[i].w);
     }
   }
 
@@ -372,8 +406,13 @@ class Stream {
 
   Parts parts_;
   Cursor weights_, tokens_, now_;
-  int n_weights_ = 0;  // units whose weights were asked for, and that are done
-  int n_done_ = 0;
+  int n_ahead_ = 0;                   // units whose weights were asked for and that are not done
+  const std::byte* tiles_ = nullptr;  // this lane's part of the next unit's; null past the last row
+  const std::byte* scales_ = nullptr;
+  int scale_step_ = 0;
+  const std::uint16_t* x_ = nullptr;
+  int from_[kPieces];  // in x_, of this thread's pieces of the next unit's tokens; -1: none
+  int left_ = 0;       // inputs from the pieces on
 };
 
 }  // namespace camelid::cuda
