@@ -48,8 +48,8 @@ __device__ float dot8(const std::uint16_t* a, const std::uint16_t* b, int input,
   return sum;
 }
 
-// Logits of the router: a block takes an expert and four tokens, its warps every eighth piece of the
-// inputs. Each logit is summed in the same order whatever the other tokens are.
+// Logits of the router: a block takes an expert and four tokens, its warps every eighth piece of
+// the inputs. Each logit is summed in the same order whatever the other tokens are.
 __device__ void run_router(const ExpertsFew& call, float* logits, Header& header) {
   const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
   const int dim = call.w.gate_up_shape.inputs;

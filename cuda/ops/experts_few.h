@@ -40,8 +40,8 @@ int experts_few_limit(const ExpertWeights& w);
 WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens);
 std::size_t experts_few_scratch_bytes(const ExpertWeights& w, int n_tokens);
 
-// y += shared(x) + sum over the top_k experts e of expert_e(sigmoid(logit_e) x). The same bits every
-// time on one kind of GPU. Throws kInternal where the call cannot be; waits for nothing.
+// y += shared(x) + sum over the top_k experts e of expert_e(sigmoid(logit_e) x). The same bits
+// every time on one kind of GPU. Throws kInternal where the call cannot be; waits for nothing.
 void experts_few(const ExpertsFew& call, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace camelid::cuda

@@ -1,5 +1,6 @@
 // The instances of matmul_dense for bf16.
 #include "sm90/matmul_dense.cuh"
+#include "sm90/matmul_instances.h"
 
 namespace camelid::cuda {
 

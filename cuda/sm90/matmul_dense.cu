@@ -1,7 +1,7 @@
 // Which instance a dense product takes, and what none takes.
 #include "sm90/matmul_dense.h"
 
-#include "sm90/matmul_dense.cuh"
+#include "sm90/matmul_instances.h"
 
 namespace camelid::cuda {
 
@@ -11,7 +11,9 @@ bool matmul_dense_fits(const MatmulDense& call) {
   const auto aligned = [](const void* pointer, int stride, int bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0 && stride * bytes % 16 == 0;
   };
-  return call.output != Output::kSwiGlu && aligned(call.x, call.x_stride, element) &&
+  const bool output = call.output == Output::kAdd || call.output == Output::kStoreBf16 ||
+                      (call.output == Output::kStore && call.type == Plain::kBf16);
+  return output && aligned(call.x, call.x_stride, element) &&
          aligned(call.w, call.w_stride, element) && aligned(call.y, call.y_stride, element_y) &&
          call.inputs * element % 16 == 0 && call.rows * element_y % 16 == 0;
 }
@@ -22,6 +24,12 @@ std::size_t matmul_dense_workspace_bytes(const MatmulDense& call) {
 
 void matmul_dense(const MatmulDense& call, void* workspace, cudaStream_t stream) {
   if (call.n_tokens == 0) return;
+  if (!matmul_dense_fits(call)) {
+    fail(ErrorCode::kInternal, "[cuda] dense matmul of ", call.n_tokens, " tokens, ", call.rows,
+         " x ", call.inputs,
+         ": rows must begin at multiples of 16 bytes, and FP8 sums are added or "
+         "stored as bf16.");
+  }
   if (call.type == Plain::kBf16) return bf16_matmul(call, workspace, stream);
   fp8_matmul(call, workspace, stream);
 }

@@ -49,29 +49,28 @@ struct PlainEpilogue {
   }
 };
 
-// y = token's scale * row's scale * sums, or y + that.
+// y = token's scale * row's scale * sums; where y is float32, added to what is there.
 template <class ElementY, class Tile>
 struct ScaledEpilogue {
-  template <class Compute, class... Children>
-  using Evt = fusion::Sm90EVT<Compute, Children...>;
-  template <template <class> class F>
-  using Compute = fusion::Sm90Compute<F, float, float, kNearest>;
+  static constexpr bool kAdds = std::is_same_v<ElementY, float>;
+  template <template <class> class F, class Out>
+  using Compute = fusion::Sm90Compute<F, Out, float, kNearest>;
   using TokenScale = fusion::Sm90ColBroadcast<0, Tile, float>;
   using RowScale = fusion::Sm90RowBroadcast<0, Tile, float>;
-  using ByRow = Evt<Compute<cutlass::multiplies>, RowScale, fusion::Sm90AccFetch>;
-  using Last = fusion::Sm90Compute<cutlass::homogeneous_multiply_add, ElementY, float, kNearest>;
-  using Keep = fusion::Sm90ScalarBroadcast<float>;
-  using Kept = Evt<Compute<cutlass::multiplies>, Keep, fusion::Sm90SrcFetch<ElementY>>;
-  using Fusion = Evt<Last, TokenScale, ByRow, Kept>;
+  using ByRow =
+      fusion::Sm90EVT<Compute<cutlass::multiplies, float>, RowScale, fusion::Sm90AccFetch>;
+  using Stored = fusion::Sm90EVT<Compute<cutlass::multiplies, ElementY>, TokenScale, ByRow>;
+  using Added = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, ElementY>, TokenScale,
+                                ByRow, fusion::Sm90SrcFetch<ElementY>>;
+  using Fusion = std::conditional_t<kAdds, Added, Stored>;
   template <class Arguments>
   static void set(Arguments& arguments, const MatmulDense& call) {
-    // The order of a tree's arguments: its children, then itself.
-    arguments = {
-        {call.x_scales},                                          // TokenScale
-        {{call.w_scales}, {}, {}},                                // ByRow
-        {{{call.output == Output::kAdd ? 1.0f : 0.0f}}, {}, {}},  // Kept
-        {},                                                       // Last
-    };
+    // A tree's arguments are those of its children, then its own.
+    if constexpr (kAdds) {
+      arguments = {{call.x_scales}, {{call.w_scales}, {}, {}}, {}, {}};
+    } else {
+      arguments = {{call.x_scales}, {{call.w_scales}, {}, {}}, {}};
+    }
   }
 };
 
@@ -79,9 +78,9 @@ template <class Element, class ElementY, class Config, template <class, class> c
 struct Gemm {
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kAlignmentY = 16 / sizeof(ElementY);
-  // 128 bytes of inputs a step.
-  using Tile = Shape<Int<Config::kTokens>, Int<Config::kCooperative ? 256 : 128>,
-                     Int<128 / sizeof(Element)>>;
+  // 128 bytes of inputs a step. FP8 keeps two sets of sums, so its tiles are narrower.
+  static constexpr int kRows = Config::kCooperative && sizeof(Element) == 2 ? 256 : 128;
+  using Tile = Shape<Int<Config::kTokens>, Int<kRows>, Int<128 / sizeof(Element)>>;
   using Schedule =
       std::conditional_t<Config::kCooperative, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                          cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
@@ -155,11 +154,5 @@ auto with_gemm(const MatmulDense& call, const F& f) {
              ? f(Gemm<Element, cutlass::bfloat16_t, ManyTokens, EpilogueOf>{})
              : f(Gemm<Element, float, ManyTokens, EpilogueOf>{});
 }
-
-// matmul_dense of one type; matmul_dense.cu chooses.
-std::size_t bf16_workspace_bytes(const MatmulDense& call);
-std::size_t fp8_workspace_bytes(const MatmulDense& call);
-void bf16_matmul(const MatmulDense& call, void* workspace, cudaStream_t stream);
-void fp8_matmul(const MatmulDense& call, void* workspace, cudaStream_t stream);
 
 }  // namespace camelid::cuda

@@ -1,5 +1,5 @@
-// y = x w^T of plain matrices on Hopper's tensor cores: bf16 linears of many tokens, and FP8 ones with
-// a scale for each token and each row. Needs sm_90a; ops/matmul_plain.h runs everywhere.
+// y = x w^T of plain matrices on Hopper's tensor cores: bf16 linears of many tokens, and FP8 ones
+// with a scale for each token and each row. Needs sm_90a; ops/matmul_plain.h runs everywhere.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,8 @@ struct MatmulDense {
   const float* w_scales = nullptr;  // [rows], kE4m3 alone
 };
 
-// Whether matmul_dense takes the call: rows of x, w and y begin at multiples of 16 bytes.
+// Whether matmul_dense takes the call: its output, and that rows of x, w and y begin at multiples
+// of 16 bytes.
 bool matmul_dense_fits(const MatmulDense& call);
 
 // Device memory the call needs, aligned to 256 bytes.
