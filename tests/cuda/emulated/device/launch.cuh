@@ -1,5 +1,5 @@
-// The twin of cuda/device/launch.cuh on the CPU: the same names, with threads as fibers (machine.h).
-// It also gives the words of CUDA's language that kernels use a meaning, mostly none.
+// The twin of cuda/device/launch.cuh on the CPU: the same names, where threads are fibers
+// (machine.h). It also gives the words of CUDA that kernels use a meaning, mostly none.
 #pragma once
 
 #include <algorithm>
