@@ -67,8 +67,10 @@ def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> cty
     CACHE.mkdir(parents=True, exist_ok=True)
     common = [*compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
     kernels = [*common, *WATCH] if watch else common
-    objects = [_compile(kernels, ROOT / source) for source in sources]
-    objects.append(_compile(common, EMULATOR / "fibers.cpp"))
+    # The emulator first: of inline functions that both have, the linker keeps the first, and the
+    # emulator's own must not report to itself.
+    objects = [_compile(common, EMULATOR / "fibers.cpp")]
+    objects += [_compile(kernels, ROOT / source) for source in sources]
     library = CACHE / f"{_key(*(path.name.encode() for path in objects))}.so"
     _make(library, [*compiler, "-shared", *map(str, objects)])
     loaded = ctypes.CDLL(str(library))

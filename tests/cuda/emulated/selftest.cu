@@ -157,8 +157,8 @@ __global__ void tell_address(const __grid_constant__ Numbers numbers, int* y) {
 
 // ---- copies ----
 
-// Two copies to 32 bytes of each thread, one after the other. y: [thread][32] bytes before either is
-// waited for, then [thread][32] after the first was waited for, then after both.
+// Two copies to 32 bytes of each thread, one after the other. y: [thread][32] bytes before either
+// is waited for, then [thread][32] after the first was waited for, then after both.
 __global__ void copy_and_look(const std::uint8_t* x, std::uint8_t* y, int n_bytes) {
   std::uint8_t* mine = reinterpret_cast<std::uint8_t*>(shared_memory()) + thread_index() * 32;
   const auto look = [&](int time) {
