@@ -84,8 +84,8 @@ constexpr std::size_t kStreamHeaderBytes = (sizeof(Header) + 255) / 256 * 256;
 // of Shape::kBytes follows.
 //
 // Instructions are what this loop runs short of: at the speed of HBM an SM has 1772 issue slots for
-// the units of its 8 warps, and turning integers into bf16 takes half of them. So whatever stays the
-// same along a row block is found once for it, by next_segment().
+// the units of its 8 warps, and turning integers into bf16 takes half of them. So whatever stays
+// the same along a row block is found once for it, by next_segment().
 template <class Shape, class Header>
 class Stream {
  public:
@@ -144,7 +144,8 @@ class Stream {
       divide_up(Shape::kTokens * Shape::kTokenBytes / 16, kStreamThreads);
   static constexpr int kTokenPieces = Shape::kTokenBytes / 16;
 
-  // A place in the units of all lists. Its segment: the units of one row block that are this block's.
+  // A place in the units of all lists. Its segment: the units of one row block that are this
+  // block's.
   struct Cursor {
     int list = -1;
     int unit = 0;  // of the list, behind the segment
@@ -285,7 +286,8 @@ class Stream {
     const unsigned slot = slot_at(now_);
     const unsigned words =
         slot + (warp() * Shape::kStep + kChunk) * Shape::kChunkBytes + lane() * 16;
-    // Row l % 8 of matrix l / 8 of the first token tile and pair of steps; others differ in one bit.
+    // Row l % 8 of matrix l / 8 of the first token tile and pair of steps; others differ in one
+    // bit.
     const unsigned tokens = slot + Shape::kTokensAt + lane() % 8 * Shape::kTokenBytes +
                             place_of(lane(), lane() / 8) * 16;
     float part[Shape::kTokenTiles][4] = {};
