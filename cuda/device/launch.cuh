@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 
@@ -45,6 +46,34 @@ inline void check(cudaError_t status, const char* what) {
   const ErrorCode code =
       status == cudaErrorMemoryAllocation ? ErrorCode::kCapacity : ErrorCode::kInternal;
   fail(code, "[cuda] " + std::string(what) + ": " + cudaGetErrorString(status) + ".");
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
+  return count;
+}
+
+// The most bytes of shared memory that a block may ask for.
+inline std::size_t shared_memory_limit() {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  return static_cast<std::size_t>(limit);
+}
+
+// How many blocks of a kernel one multiprocessor runs at once; 0 where not even one fits.
+template <typename... Parameters>
+int blocks_that_fit(void (*kernel)(Parameters...), int threads, std::size_t shared_bytes) {
+  if (shared_bytes > shared_memory_limit()) return 0;
+  int count = 0;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)),
+        "shared memory");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_bytes),
+        "occupancy");
+  return count;
 }
 
 struct Launch {

@@ -42,8 +42,8 @@ CAMELID_HOST_DEVICE constexpr int scale_bytes(Scales scales) {
 
 // What kernels need to know of a matrix besides where it lies.
 struct TileShape {
-  std::int32_t rows = 0;    // as the caller counts them: gates and ups together
-  std::int32_t inputs = 0;  // along the sum
+  std::int32_t rows = 0;     // as the caller counts them: gates and ups together
+  std::int32_t inputs = 0;   // along the sum
   std::int32_t entries = 1;  // scales of a row in a chunk
   Bits bits = Bits::k4;
   Scales scales = Scales::kBf16;

@@ -1,0 +1,278 @@
+// One launch, whose blocks all run at once and meet twice. The lists of work between the meetings:
+//
+//   router logits, shared gate and up | shared down, routed gate and up | routed down
+//
+// While a block waits, the weights of its next units are on their way: those of the shared expert
+// depend on nothing, those of the routed ones on the router alone.
+#include "ops/experts_few.h"
+
+#include "device/routing.cuh"
+#include "device/stream.cuh"
+#include "ops/stream_launch.cuh"
+
+namespace camelid::cuda {
+namespace {
+
+enum : int { kSharedUp, kSharedDown, kRoutedUp, kRoutedDown, kLists };
+
+// What the blocks exchange through device memory.
+struct Scratch {
+  float* logits;              // [n_tokens][n_experts]
+  std::uint16_t* shared_act;  // bf16 [n_tokens][shared_stride]
+  std::uint16_t* routed_act;  // bf16 [n_visits][routed_stride]
+  float* out;                 // [n_visits][dim], where top_k is above 1
+  std::int32_t shared_stride, routed_stride;
+};
+
+struct Header {
+  List lists[kLists];
+  Routing routing;
+  int all_tokens[2];
+  unsigned flag;
+};
+
+// Logits of the router, a warp for an expert and four tokens. Each is summed in the same order
+// whatever the other tokens are.
+__device__ void run_router(const ExpertsFew& call, float* logits) {
+  constexpr int kTokens = 4;
+  const int lane = thread_index() % kWarp;
+  const int n_warps = grid_size() * block_size() / kWarp;
+  const int dim = call.w.gate_up_shape.inputs;
+  const int n_pieces = divide_up(call.n_tokens, kTokens);
+  for (int job = thread_index() / kWarp * grid_size() + block_index();
+       job < call.w.n_experts * n_pieces; job += n_warps) {
+    const int expert = job / n_pieces, first = job % n_pieces * kTokens;
+    const std::uint16_t* row = call.w.router + std::int64_t{expert} * dim;
+    float sums[kTokens] = {};
+    for (int input = lane * 2; input < dim; input += kWarp * 2) {
+      const bool both = input + 1 < dim;
+      const float w0 = low_bf16(row[input]), w1 = both ? low_bf16(row[input + 1]) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        if (first + i >= call.n_tokens) break;
+        const std::uint16_t* x = call.x + std::int64_t{first + i} * call.x_stride + input;
+        sums[i] += w0 * low_bf16(x[0]);
+        if (both) sums[i] += w1 * low_bf16(x[1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (first + i >= call.n_tokens) break;
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) sums[i] += shuffle_xor(sums[i], mask);
+      if (lane == 0) logits[std::int64_t{first + i} * call.w.n_experts + expert] = sums[i];
+    }
+  }
+}
+
+__device__ List list_of(const ExpertsFew& call, const TileShape& shape, Output output) {
+  List list = {};
+  list.shape = shape;
+  list.output = output;
+  list.x = call.x;
+  list.x_stride = call.x_stride;
+  list.y = call.y;
+  list.y_stride = call.y_stride;
+  return list;
+}
+
+__device__ void set_shared_lists(Header& header, const ExpertsFew& call, const Scratch& scratch) {
+  header.all_tokens[0] = 0;
+  header.all_tokens[1] = call.n_tokens;
+  const bool is_there = call.w.shared_gate_up.shape.rows > 0;
+  List& up = header.lists[kSharedUp];
+  up = list_of(call, call.w.shared_gate_up.shape, Output::kSwiGlu);
+  up.table = &call.w.shared_gate_up.at;
+  up.starts = header.all_tokens;
+  up.y = scratch.shared_act;
+  up.y_stride = scratch.shared_stride;
+  up.n_tasks = is_there ? 1 : 0;
+  deal_list(up);
+  List& down = header.lists[kSharedDown];
+  down = list_of(call, call.w.shared_down.shape, Output::kAdd);
+  down.table = &call.w.shared_down.at;
+  down.starts = header.all_tokens;
+  down.x = scratch.shared_act;
+  down.x_stride = scratch.shared_stride;
+  down.n_tasks = up.n_tasks;
+  down.first_result = up.n_row_blocks;
+  deal_list(down);
+}
+
+__device__ void set_routed_lists(Header& header, const ExpertsFew& call, const Scratch& scratch) {
+  Routing& routing = header.routing;
+  const List& shared = header.lists[kSharedDown];
+  List& up = header.lists[kRoutedUp];
+  up = list_of(call, call.w.gate_up_shape, Output::kSwiGlu);
+  up.table = call.w.gate_up;
+  up.matrices = routing.hit;
+  up.starts = routing.starts;
+  up.gather = routing.token;
+  up.factors = routing.factor;
+  up.y = scratch.routed_act;
+  up.y_stride = scratch.routed_stride;
+  up.n_tasks = routing.n_hit;
+  up.first_result = shared.first_result + shared.n_row_blocks;
+  deal_list(up);
+  List& down = header.lists[kRoutedDown];
+  const bool one_visit = call.w.top_k == 1;
+  down = list_of(call, call.w.down_shape, one_visit ? Output::kAdd : Output::kStore);
+  down.table = call.w.down;
+  down.matrices = routing.hit;
+  down.starts = routing.starts;
+  down.x = scratch.routed_act;
+  down.x_stride = scratch.routed_stride;
+  if (one_visit) {
+    down.scatter = routing.token;
+  } else {
+    down.y = scratch.out;
+    down.y_stride = call.w.down_shape.rows;
+  }
+  down.n_tasks = routing.n_hit;
+  down.first_result = up.first_result + routing.n_hit * up.n_row_blocks;
+  deal_list(down);
+}
+
+// y of each token plus what its visits gave, in the order of experts.
+__device__ void add_visits(const ExpertsFew& call, const Routing& routing, const Scratch& scratch) {
+  const int dim = call.w.down_shape.rows, top_k = call.w.top_k;
+  const std::int64_t n = std::int64_t{call.n_tokens} * dim;
+  for (std::int64_t i = std::int64_t{block_index()} * block_size() + thread_index(); i < n;
+       i += std::int64_t{grid_size()} * block_size()) {
+    const int token = static_cast<int>(i / dim), column = static_cast<int>(i % dim);
+    float sum = 0.0f;
+    for (int j = 0, last = -1; j < top_k; ++j) {
+      int next = kMaxRoutedVisits;
+      for (int k = 0; k < top_k; ++k) {
+        const int visit = routing.place[token * top_k + k];
+        if (visit > last && visit < next) next = visit;
+      }
+      sum += load_shared_by_blocks(scratch.out + std::int64_t{next} * dim + column);
+      last = next;
+    }
+    float* y = call.y + std::int64_t{token} * call.y_stride + column;
+    *y = load_shared_by_blocks(y) + sum;
+  }
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
+    run_experts_few(const __grid_constant__ ExpertsFew call, const Scratch scratch,
+                    const Parts parts, unsigned* barrier) {
+  auto& header = *reinterpret_cast<Header*>(shared_memory());
+  if (thread_index() == 0) set_shared_lists(header, call, scratch);
+  sync_block();
+  Stream<Shape, Header> stream(parts);
+  stream.prefetch(kRoutedUp);
+  wait_for_previous_kernel();
+  run_router(call, scratch.logits);
+  // A loop, so that the stream is compiled once: three copies of it would spill registers.
+#pragma unroll 1
+  for (int phase = 0; phase < 3; ++phase) {
+    if (phase > 0) sync_grid(barrier);
+    if (phase == 1) {
+      route(header.routing, scratch.logits, call.n_tokens, call.w.n_experts, call.w.top_k);
+      if (thread_index() == 0) set_routed_lists(header, call, scratch);
+      sync_block();
+    }
+    const int end = phase == 0 ? kSharedDown : phase == 1 ? kRoutedDown : kLists;
+    stream.run(end, phase == 0 ? kRoutedUp : kLists);
+  }
+  if (call.w.top_k > 1) {
+    sync_grid(barrier);
+    add_visits(call, header.routing, scratch);
+  }
+}
+
+// ---- the host's side ----
+
+std::size_t round_up(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Rows of activations are aligned to 16 bytes; what is past their end is never read.
+std::int32_t act_stride(const TileShape& down) { return divide_up(down.inputs, 8) * 8; }
+
+// Lays the scratch out at `base`; returns where it ends.
+std::size_t lay_out(const ExpertWeights& w, int n_tokens, std::byte* base, Scratch& scratch) {
+  const auto tokens = static_cast<std::size_t>(n_tokens);
+  const std::size_t visits = tokens * static_cast<std::size_t>(w.top_k);
+  scratch.shared_stride = act_stride(w.shared_down.shape);
+  scratch.routed_stride = act_stride(w.down_shape);
+  std::size_t at = 0;
+  const auto take = [&](std::size_t bytes) {
+    std::byte* place = base + at;
+    at += round_up(bytes);
+    return place;
+  };
+  scratch.logits =
+      reinterpret_cast<float*>(take(tokens * static_cast<std::size_t>(w.n_experts) * 4));
+  scratch.shared_act = reinterpret_cast<std::uint16_t*>(
+      take(tokens * static_cast<std::size_t>(scratch.shared_stride) * 2));
+  scratch.routed_act = reinterpret_cast<std::uint16_t*>(
+      take(visits * static_cast<std::size_t>(scratch.routed_stride) * 2));
+  scratch.out = w.top_k == 1 ? nullptr
+                             : reinterpret_cast<float*>(
+                                   take(visits * static_cast<std::size_t>(w.down_shape.rows) * 4));
+  return at;
+}
+
+int row_blocks(const TileShape& shape) { return divide_up(shape.n_row_tiles(), kStreamWarps); }
+
+bool same_tiles(const TileShape& a, const TileShape& b) {
+  return a.bits == b.bits && a.scales == b.scales;
+}
+
+void check_call(const char* name, const ExpertsFew& call) {
+  const ExpertWeights& w = call.w;
+  check_stream_inputs(name, w.gate_up_shape, call.x, call.x_stride);
+  check_stream_inputs(name, w.down_shape, nullptr, 0);
+  const bool has_shared = w.shared_gate_up.shape.rows > 0;
+  const bool fits = w.n_experts >= 1 && w.n_experts <= kMaxRoutedExperts && w.top_k >= 1 &&
+                    w.top_k <= w.n_experts && call.n_tokens <= experts_few_limit(w) &&
+                    w.gate_up_shape.order == RowOrder::kGateUp &&
+                    same_tiles(w.gate_up_shape, w.down_shape) &&
+                    (!has_shared || (w.shared_gate_up.shape.order == RowOrder::kGateUp &&
+                                     same_tiles(w.gate_up_shape, w.shared_gate_up.shape) &&
+                                     same_tiles(w.gate_up_shape, w.shared_down.shape)));
+  if (!fits) {
+    fail(ErrorCode::kInternal, "[cuda] ", name, ": ", w.n_experts, " experts, top ", w.top_k, ", ",
+         call.n_tokens, " tokens; wanted are at most ", kMaxRoutedExperts, " experts, at most ",
+         experts_few_limit(w), " tokens, and weights of one kind.");
+  }
+}
+
+}  // namespace
+
+int experts_few_limit(const ExpertWeights& w) {
+  const int tokens = tokens_at_once(w.gate_up_shape, 64);
+  return tokens * w.top_k <= kMaxRoutedVisits ? tokens : kMaxRoutedVisits / w.top_k;
+}
+
+WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens) {
+  const int hit = n_tokens * w.top_k < w.n_experts ? n_tokens * w.top_k : w.n_experts;
+  const int results = row_blocks(w.shared_gate_up.shape) + row_blocks(w.shared_down.shape) +
+                      hit * (row_blocks(w.gate_up_shape) + row_blocks(w.down_shape));
+  return {stream_sum_bytes(tokens_at_once(w.gate_up_shape, n_tokens) / kTokenTile),
+          static_cast<std::size_t>(results) + 1};
+}
+
+std::size_t experts_few_scratch_bytes(const ExpertWeights& w, int n_tokens) {
+  Scratch scratch;
+  return lay_out(w, n_tokens, nullptr, scratch);
+}
+
+void experts_few(const ExpertsFew& call, const Workspace& workspace, cudaStream_t stream) {
+  constexpr const char* kName = "experts of few tokens";
+  if (call.n_tokens == 0) return;
+  check_call(kName, call);
+  const WorkspaceNeed need = experts_few_needs(call.w, call.n_tokens);
+  check_workspace(kName, workspace, need);
+  Scratch scratch;
+  lay_out(call.w, call.n_tokens, call.scratch, scratch);
+  const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters + 1};
+  with_stream_shape(call.w.gate_up_shape, tokens_at_once(call.w.gate_up_shape, call.n_tokens),
+                    [&]<class Shape>(Shape) {
+                      launch_stream<Shape, Header>(kName, run_experts_few<Shape>, true, stream,
+                                                   call, scratch, parts, workspace.counters);
+                    });
+}
+
+}  // namespace camelid::cuda

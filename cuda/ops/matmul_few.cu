@@ -1,0 +1,73 @@
+// The kernel is the stream of device/stream.cuh over a list of one matrix.
+#include "ops/matmul_few.h"
+
+#include "device/stream.cuh"
+#include "ops/stream_launch.cuh"
+
+namespace camelid::cuda {
+namespace {
+
+struct Header {
+  List lists[1];
+  int starts[2];
+  unsigned flag;
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
+    run_matmul_few(const __grid_constant__ MatmulFew call, const Parts parts) {
+  auto& header = *reinterpret_cast<Header*>(shared_memory());
+  if (thread_index() == 0) {
+    List& list = header.lists[0];
+    list = {};
+    list.table = &call.w.at;
+    list.starts = header.starts;
+    list.x = call.x;
+    list.y = call.y;
+    list.x_stride = call.x_stride;
+    list.y_stride = call.y_stride;
+    list.shape = call.w.shape;
+    list.output = call.output;
+    list.n_tasks = 1;
+    header.starts[0] = 0;
+    header.starts[1] = call.n_tokens;
+    deal_list(list);
+  }
+  sync_block();
+  Stream<Shape, Header> stream(parts);
+  stream.prefetch(1);
+  wait_for_previous_kernel();
+  stream.run(1, 1);
+}
+
+}  // namespace
+
+WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens) {
+  const int n_tiles = tokens_at_once(shape, n_tokens) / kTokenTile;
+  return {stream_sum_bytes(n_tiles),
+          static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps))};
+}
+
+void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream) {
+  constexpr const char* kName = "matmul of few tokens";
+  check_stream_inputs(kName, call.w.shape, call.x, call.x_stride);
+  const int at_once = tokens_at_once(call.w.shape, call.n_tokens);
+  const WorkspaceNeed need = matmul_few_needs(call.w.shape, call.n_tokens);
+  check_workspace(kName, workspace, need);
+  const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters};
+  const std::size_t y_row =
+      static_cast<std::size_t>(call.y_stride) *
+      (call.output == Output::kStoreBf16 || call.output == Output::kSwiGlu ? sizeof(std::uint16_t)
+                                                                           : sizeof(float));
+  for (std::int32_t first = 0; first < call.n_tokens; first += at_once) {
+    MatmulFew piece = call;
+    piece.x += std::int64_t{first} * call.x_stride;
+    piece.y = static_cast<std::byte*>(call.y) + static_cast<std::size_t>(first) * y_row;
+    piece.n_tokens = call.n_tokens - first < at_once ? call.n_tokens - first : at_once;
+    with_stream_shape(call.w.shape, at_once, [&]<class Shape>(Shape) {
+      launch_stream<Shape, Header>(kName, run_matmul_few<Shape>, false, stream, piece, parts);
+    });
+  }
+}
+
+}  // namespace camelid::cuda

@@ -1,0 +1,21 @@
+// Device memory that kernels on few tokens share between their blocks, and how much of it they need.
+// One launch uses it at a time; `counters` are 0 between launches.
+#pragma once
+
+#include <cstddef>
+
+namespace camelid::cuda {
+
+struct Workspace {
+  std::byte* sums = nullptr;  // aligned to 16 bytes
+  std::size_t sum_bytes = 0;
+  unsigned* counters = nullptr;  // zeroed once, when allocated
+  std::size_t n_counters = 0;
+};
+
+struct WorkspaceNeed {
+  std::size_t sum_bytes = 0;
+  std::size_t n_counters = 0;
+};
+
+}  // namespace camelid::cuda

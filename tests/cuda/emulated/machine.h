@@ -1,0 +1,161 @@
+// The emulated GPU as the twins of cuda/device/ see it: fibers that stand for threads, where they
+// meet, their copies in flight, and how a grid of them is run. fibers.cpp has the other half.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#include "context.h"
+#include "guarded.h"
+
+namespace camelid::cuda::emulated {
+
+constexpr int kLanes = 32;  // threads of a warp
+
+// Where in a kernel something happens; a default argument, so that nobody has to say it.
+using Where = std::source_location;
+
+struct Block;
+struct Warp;
+
+struct Copy {
+  std::byte* shared;  // 16 bytes
+  const std::byte* global;
+  int n_bytes;  // of them; the others become zeros
+  int group;
+  bool executed;
+};
+
+// One thread of the GPU. Runs until it waits for others, lets others go, or ends.
+struct Fiber {
+  Context context;
+  std::byte* stack = nullptr;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  int thread = 0;  // in the block
+  enum { kReady, kWaiting, kEnded } state = kReady;
+
+  // What it waits for, while it is kWaiting.
+  const char* what = nullptr;
+  Where where;
+  void* brought = nullptr;
+
+  std::vector<Copy> copies;  // in flight, oldest first
+  int open_group = 0;        // of copies: those before it are committed
+
+  History history;  // kept while accesses are reported
+};
+
+// What the last thread to come does for all: lanes[i] is what lane i brought.
+using Act = void (*)(void* const* lanes);
+
+// Threads that wait for one another: a block's or a warp's. They are neighbours in memory.
+struct Circle {
+  Fiber* first = nullptr;
+  int size = 0;
+  int alive = 0;          // did not end yet
+  int came = 0;           // wait for the others
+  Fiber* last = nullptr;  // the latest of those
+  Act act = nullptr;
+};
+
+struct Warp : Circle {
+  bool queued = false;  // to be run
+};
+
+struct Block : Circle {
+  Block(int index, int n_threads, std::size_t shared_bytes);
+  ~Block();
+  Block(const Block&) = delete;  // its fibers know where it is
+  int index;
+  GuardedBytes shared;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+};
+
+struct Grid {
+  const char* what;
+  int blocks;
+  int threads;
+  std::size_t shared_bytes;
+  bool together;
+};
+
+// Who is running, and in what grid.
+extern Fiber* current;
+extern Grid grid;
+
+// Whether kernels were compiled to report their accesses (see emulated_build.py), to be checked.
+extern bool watched;
+
+// Runs all threads of a grid to their end. Throws Error when one of them does, when no thread can go
+// on, and when memory was written that is nobody's.
+void run(const Grid& grid, const std::function<void()>& thread);
+
+// Waits until all threads of the warp (or of the block) that did not end are here. With an act, all
+// 32 have to come. Lanes of one warp must come to the same place.
+void meet_warp(const char* what, const Where& where, void* brought = nullptr, Act act = nullptr);
+void meet_block(const char* what, const Where& where);
+
+// Words that threads of all blocks read and write at once; others may go first after each. When all
+// threads only look, for long, the grid is stopped.
+unsigned add(unsigned* counter, unsigned amount, const Where& where);
+void store(unsigned* flag, unsigned value, const Where& where);
+unsigned load(const unsigned* flag, const Where& where);
+void fence();
+
+// An access to memory by compiled code at `code`; checked before it happens.
+void report(const void* pointer, std::size_t n_bytes, bool writes, std::size_t align,
+            const void* code);
+
+// Where the code is that this was called from.
+__attribute__((noinline)) inline const void* code_here() { return __builtin_return_address(0); }
+
+// Holds an instruction to its addresses: inside the block's shared memory, multiples of 16.
+void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where);
+
+void start_copy(void* shared, const void* global, int n_bytes, const Where& where);
+void finish_copies(int n_pending);  // all but the latest n_pending groups
+
+// Where this thread is, for messages; and an error that starts with it.
+std::string place(const Where& where);
+[[noreturn]] void fail_here(const Where& where, const std::string& message);
+
+int multiprocessors();
+int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
+
+}  // namespace camelid::cuda::emulated
+
+// What tests call; functions that return int return 1 after an error, which emulated_error() tells.
+extern "C" {
+const char* emulated_error();
+// 0: threads and blocks in order. Otherwise another order for each seed. Copies are executed as late
+// as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
+void emulated_seed(std::uint64_t seed);
+void emulated_multiprocessors(int count);
+void* device_alloc(std::size_t bytes);
+int device_free(void* memory);
+int check_guards();
+}
+
+namespace camelid::cuda::emulated {
+
+void remember_error(const char* message);
+
+// For functions that tests call: runs work() and keeps the message of what it throws.
+template <typename Work>
+int caught(Work&& work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::exception& error) {
+    remember_error(error.what());
+    return 1;
+  }
+}
+
+}  // namespace camelid::cuda::emulated

@@ -1,0 +1,172 @@
+// C functions over the kernels' host side, for tests that run them on a GPU (built with nvcc) or on
+// the emulated device (built with the compiler for C++). Errors come back as text.
+#include <cstring>
+
+#include "ops/experts_few.h"
+#include "ops/matmul_few.h"
+
+namespace {
+
+using namespace camelid::cuda;
+
+// Calls f; 0, or 1 with the error's text in `message`.
+template <class F>
+int guarded(char* message, const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& error) {
+    std::strncpy(message, error.what(), 1023);
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct CShape {
+  int rows, inputs, entries, bits, scales, order;
+};
+
+static TileShape shape_of(const CShape& s) {
+  return {s.rows,
+          s.inputs,
+          s.entries,
+          static_cast<Bits>(s.bits),
+          static_cast<Scales>(s.scales),
+          static_cast<RowOrder>(s.order)};
+}
+
+// How many bytes tiles and scales take.
+void tile_sizes(const CShape* s, std::int64_t* sizes) {
+  sizes[0] = shape_of(*s).bytes();
+  sizes[1] = shape_of(*s).all_scale_bytes();
+}
+
+// What pack on the host does: values int32 [rows][inputs], scales and zeros float [rows][n_groups].
+void pack_tiles(const CShape* s, const int* values, const float* scales, const float* zeros,
+                int group, std::byte* tiles, std::byte* packed_scales) {
+  const TileShape shape = shape_of(*s);
+  const int words = tile_bytes(shape.bits) / 4;
+  auto* out = reinterpret_cast<std::uint32_t*>(tiles);
+  for (int row_tile = 0; row_tile < shape.n_row_tiles(); ++row_tile) {
+    for (int k = 0; k < shape.n_k_tiles(); ++k) {
+      for (int i = 0; i < words; ++i) {
+        *out++ = make_word(shape.bits, i, [&](int r, int input) -> std::uint32_t {
+          const int row = source_row(shape, row_tile, r), column = k * kTileInputs + input;
+          const int value =
+              row < shape.rows && column < shape.inputs ? values[row * shape.inputs + column] : 0;
+          return shape.bits == Bits::k4 ? static_cast<std::uint32_t>(value + 8)
+                                        : static_cast<std::uint32_t>(value & 255);
+        });
+      }
+    }
+  }
+  const int n_groups = divide_up(shape.inputs, group);
+  std::byte* to = packed_scales;
+  for (int row_tile = 0; row_tile < shape.n_row_tiles(); ++row_tile) {
+    for (int entry = 0; entry < shape.n_chunks() * shape.entries; ++entry) {
+      for (int r = 0; r < kTileRows; ++r) {
+        const int row = source_row(shape, row_tile, r);
+        const int input = entry * (kChunkInputs / shape.entries);
+        const bool there = row < shape.rows && input < shape.inputs;
+        const int at = there ? row * n_groups + input / group : 0;
+        const float scale = there ? scales[at] : 0.0f;
+        if (shape.scales == Scales::kBf16) {
+          std::uint32_t bits;
+          std::memcpy(&bits, &scale, 4);
+          const auto half = static_cast<std::uint16_t>(bits >> 16);
+          std::memcpy(to, &half, 2);
+        } else {
+          const float pair[2] = {scale, there && zeros != nullptr ? zeros[at] : 0.0f};
+          std::memcpy(to, pair, 8);
+        }
+        to += scale_bytes(shape.scales);
+      }
+    }
+  }
+}
+
+void matmul_few_need(const CShape* s, int n_tokens, std::int64_t* need) {
+  const WorkspaceNeed n = matmul_few_needs(shape_of(*s), n_tokens);
+  need[0] = static_cast<std::int64_t>(n.sum_bytes);
+  need[1] = static_cast<std::int64_t>(n.n_counters);
+}
+
+int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const void* x,
+                   int n_tokens, int x_stride, void* y, int y_stride, int output, void* sums,
+                   std::int64_t sum_bytes, void* counters, std::int64_t n_counters, char* message) {
+  return guarded(message, [&] {
+    MatmulFew call;
+    call.w = {shape_of(*s),
+              {static_cast<const std::byte*>(tiles), static_cast<const std::byte*>(scales)}};
+    call.x = static_cast<const std::uint16_t*>(x);
+    call.n_tokens = n_tokens;
+    call.x_stride = x_stride;
+    call.y = y;
+    call.y_stride = y_stride;
+    call.output = static_cast<Output>(output);
+    matmul_few(call,
+               {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
+                static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
+               nullptr);
+  });
+}
+
+struct CExperts {
+  CShape gate_up, down, shared_gate_up, shared_down;
+  const void *router, *gate_up_table, *down_table;
+  const void *shared_gate_up_tiles, *shared_gate_up_scales, *shared_down_tiles, *shared_down_scales;
+  int n_experts, top_k;
+};
+
+static ExpertWeights experts_of(const CExperts& c) {
+  const auto at = [](const void* tiles, const void* scales) {
+    return TilePointers{static_cast<const std::byte*>(tiles),
+                        static_cast<const std::byte*>(scales)};
+  };
+  ExpertWeights w;
+  w.router = static_cast<const std::uint16_t*>(c.router);
+  w.gate_up = static_cast<const TilePointers*>(c.gate_up_table);
+  w.down = static_cast<const TilePointers*>(c.down_table);
+  w.gate_up_shape = shape_of(c.gate_up);
+  w.down_shape = shape_of(c.down);
+  w.shared_gate_up = {shape_of(c.shared_gate_up),
+                      at(c.shared_gate_up_tiles, c.shared_gate_up_scales)};
+  w.shared_down = {shape_of(c.shared_down), at(c.shared_down_tiles, c.shared_down_scales)};
+  w.n_experts = c.n_experts;
+  w.top_k = c.top_k;
+  return w;
+}
+
+// need: bytes of sums, counters, bytes of scratch, tokens at most.
+void experts_few_need(const CExperts* c, int n_tokens, std::int64_t* need) {
+  const ExpertWeights w = experts_of(*c);
+  const WorkspaceNeed n = experts_few_needs(w, n_tokens);
+  need[0] = static_cast<std::int64_t>(n.sum_bytes);
+  need[1] = static_cast<std::int64_t>(n.n_counters);
+  need[2] = static_cast<std::int64_t>(experts_few_scratch_bytes(w, n_tokens));
+  need[3] = experts_few_limit(w);
+}
+
+int run_experts_few(const CExperts* c, const void* x, int n_tokens, int x_stride, void* y,
+                    int y_stride, void* scratch, void* sums, std::int64_t sum_bytes, void* counters,
+                    std::int64_t n_counters, char* message) {
+  return guarded(message, [&] {
+    ExpertsFew call;
+    call.w = experts_of(*c);
+    call.x = static_cast<const std::uint16_t*>(x);
+    call.n_tokens = n_tokens;
+    call.x_stride = x_stride;
+    call.y = static_cast<float*>(y);
+    call.y_stride = y_stride;
+    call.scratch = static_cast<std::byte*>(scratch);
+    experts_few(call,
+                {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
+                 static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
+                nullptr);
+  });
+}
+
+}  // extern "C"
