@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "layout/output.h"
 #include "layout/tiles.h"
 
 namespace camelid::cuda {
@@ -21,13 +22,6 @@ struct TokenTile {
   std::int32_t group_n;     // and how many it has
 };
 
-enum class Finish : std::uint8_t {
-  kStoreF32,   // y = w x
-  kStoreBf16,  // y = bf16(w x)
-  kAddF32,     // y += w x; no two visits may name the same row of y
-  kSwiGlu,     // y = bf16(silu(f gate) * (f up)), f the visit's factor; RowOrder::kGateUp
-};
-
 // A visit is one row of a product: some row of x times the matrix of one group, into some row of y.
 // Everything is device memory; bf16 is held as its bits.
 struct GroupedProduct {
@@ -40,21 +34,26 @@ struct GroupedProduct {
   std::int64_t y_stride = 0;              // in values; even where y is bf16
   const std::int32_t* y_rows = nullptr;   // [n_visits], or null: row i is visit i's
   const float* factors = nullptr;         // [n_visits], or null: 1; kSwiGlu only
-  Finish finish = Finish::kStoreF32;
+  // kAdd: no two visits may name the same row of y. kSwiGlu: silu(f gate) * (f up) with the visit's
+  // factor f.
+  Output output = Output::kStore;
 
   // Which visits: the tiles from *first_tile up to *last_tile of a list, as route_many makes it. Or,
   // where tiles is null, the visits 0..n_visits - 1 by the first group.
   const TokenTile* tiles = nullptr;
   const std::int32_t* first_tile = nullptr;
   const std::int32_t* last_tile = nullptr;
-  std::int32_t n_visits = 0;  // with tiles: about how many; only the size of the grid follows
+  std::int32_t n_visits = 0;
 };
 
-// Throws Error where a kernel could not keep its promise for these shapes and addresses.
+// Throws Error where the kernels could not keep their promise for these shapes and addresses.
 void check_product(const GroupedProduct& product);
 
-// Portable: mma.sync. Nothing is waited for.
-void grouped_many(const GroupedProduct& product, cudaStream_t stream);
+// How many blocks to launch: at most one for each multiprocessor, 0 where there is nothing to do.
+int grouped_blocks(const GroupedProduct& product, int block_row_tiles, int multiprocessors);
+
+// Portable: mma.sync, one block for each multiprocessor. Nothing is waited for.
+void grouped_many(const GroupedProduct& product, int multiprocessors, cudaStream_t stream);
 
 // ---- the order of output tiles ----
 

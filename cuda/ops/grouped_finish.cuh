@@ -14,7 +14,7 @@ namespace camelid::cuda {
 struct VisitRows {
   std::int64_t at[kTileTokens];  // where its row of y starts, in values; kNoRow: no such visit
   float factor[kTileTokens];
-  std::int64_t first_row_tile;  // of the job; here because registers are short
+  std::int32_t first_row_tile;  // of the job; here because registers are short
 };
 constexpr std::int64_t kNoRow = -1;
 
@@ -46,7 +46,7 @@ __device__ inline void finish_f32(const GroupedProduct& p, const VisitRows& visi
 #pragma unroll
   for (int start = 0; start < kValues / 4; start += kAtOnce) {
     float old[4 * kAtOnce] = {};
-    if (p.finish == Finish::kAddF32) {
+    if (p.output == Output::kAdd) {
 #pragma unroll
       for (int i = 0; i < 2 * kAtOnce; ++i) {
         const std::int64_t at = visits.at[column_of(first_column, start + i / 2) + i % 2];
@@ -113,9 +113,9 @@ template <int kValues>
 __device__ inline void finish(const GroupedProduct& p, const VisitRows& visits, int first_column,
                               int row_tile, const float (&d)[kValues]) {
   if (row_tile >= p.shape.n_row_tiles()) return;
-  if (p.finish == Finish::kSwiGlu) {
+  if (p.output == Output::kSwiGlu) {
     finish_swiglu(p, visits, first_column, row_tile, d);
-  } else if (p.finish == Finish::kStoreBf16) {
+  } else if (p.output == Output::kStoreBf16) {
     finish_bf16(p, visits, first_column, row_tile, d);
   } else {
     finish_f32(p, visits, first_column, row_tile, d);

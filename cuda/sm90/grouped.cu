@@ -41,7 +41,7 @@
 #include <algorithm>
 
 #include "device/hopper.cuh"
-#include "ops/dequantise.cuh"
+#include "ops/expand.cuh"
 #include "ops/grouped_finish.cuh"
 
 namespace camelid::cuda::sm90 {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void copy_row_tiles(std::byte* to, const std::byte* f
   constexpr int kAll = kBlockTiles * kPieces;
   const int thread = thread_index();
   to += thread * 16;
-#pragma unroll
+#pragma unroll 4
   for (int first = 0; first < kAll; first += kWarpgroup) {
     if (kAll < kWarpgroup && thread >= kAll) break;
     const int row_tile = thread / kPieces + first / kPieces;
@@ -368,10 +368,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- choose and launch ----
 
 template <Bits kBits, Scales kScales>
-void launch_kernel(const GroupedProduct& p, int blocks, cudaStream_t stream) {
-  Launch how;
-  how.blocks = blocks;
-  how.threads = kThreads;
+void launch_kernel(const GroupedProduct& p, const Launch& sized, cudaStream_t stream) {
+  Launch how = sized;
   how.shared_bytes = Ring<kBits, kScales>::kBytes;
   how.stream = stream;
   launch("grouped_many", grouped_many_kernel<kBits, kScales>, how, p);
@@ -381,14 +379,17 @@ void launch_kernel(const GroupedProduct& p, int blocks, cudaStream_t stream) {
 
 void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t stream) {
   check_product(p);
-  if (p.n_visits == 0) return;
+  Launch how;
+  how.threads = kThreads;
+  how.blocks = grouped_blocks(p, kBlockTiles, multiprocessors);
+  if (how.blocks == 0) return;
   const bool k4 = p.shape.bits == Bits::k4;
   if (p.shape.scales == Scales::kBf16) {
-    (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(
-        p, multiprocessors, stream);
+    (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,
+                                                                                           stream);
   } else {
     (k4 ? launch_kernel<Bits::k4, Scales::kPairs> : launch_kernel<Bits::k8, Scales::kPairs>)(
-        p, multiprocessors, stream);
+        p, how, stream);
   }
 }
 
