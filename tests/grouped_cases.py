@@ -15,13 +15,17 @@ TILE_TOKENS = 128
 CHUNK = 128
 STORE, STORE_BF16, ADD, SWIGLU = range(4)
 PLAIN, GATE_UP = range(2)
-SOURCES = ("tests/cuda/grouped_case.cu", "cuda/ops/grouped.cu", "cuda/sm90/grouped.cu")
+SOURCES = (
+    "tests/cuda/grouped_case.cu",
+    "cuda/ops/grouped.cu",
+    "cuda/ops/route_many.cu",
+    "cuda/sm90/grouped.cu",
+)
 
 
 class Shape(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int32)
-        for name in ("rows", "inputs", "entries", "bits", "scales", "order")
+        (name, ctypes.c_int32) for name in ("rows", "inputs", "entries", "bits", "scales", "order")
     ]
 
 
@@ -138,7 +142,9 @@ def list_tiles(counts: list[int]) -> NDArray[np.int32]:
 
 
 def library_of_cases() -> ctypes.CDLL:
-    return build(*SOURCES)
+    library = build(*SOURCES)
+    library.case_route_bytes.restype = ctypes.c_int64
+    return library
 
 
 def run_product(
@@ -178,3 +184,50 @@ def run_product(
         *ends,
         seed=seed,
     )
+
+
+class Route(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("n_tokens", "n_experts", "top_k", "shared")]
+
+
+class Routes:
+    """What route_many found, in device memory."""
+
+    def __init__(
+        self, logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 0
+    ) -> None:
+        library = library_of_cases()
+        self.shape = Route(*logits.shape, top_k, shared)
+        n_bytes = library.case_route_bytes(ctypes.byref(self.shape))
+        self.memory = device_array(library, np.full(n_bytes, 0xFF, np.uint8))
+        call(library, "case_route", ctypes.byref(self.shape), logits, self.memory, seed=seed)
+        places = np.zeros(5, np.int64)
+        library.case_route_places(
+            ctypes.byref(self.shape),
+            *(ctypes.c_void_p(array.ctypes.data) for array in (self.memory, places)),
+        )
+        n_tokens = len(logits)
+        n_visits = n_tokens * (top_k + int(shared))
+        self.token = self._at(places[0], np.int32, n_visits)
+        self.factor = self._at(places[1], np.float32, n_visits)
+        self.visits = self._at(places[2], np.int32, n_tokens * top_k).reshape(n_tokens, top_k)
+        self.tile_ends = self._at(places[4], np.int32, 3)
+        tiles = self._at(places[3], np.int32, 5 * int(self.tile_ends[2]))
+        self.tiles = tiles.reshape(-1, 5)
+
+    def _at(self, place: int, kind: Any, count: int) -> NDArray[Any]:
+        n_bytes = count * np.dtype(kind).itemsize
+        return self.memory[place : place + n_bytes].view(np.ndarray).view(kind)
+
+    def combine(self, rows: NDArray[np.float32], y: NDArray[np.float32], dim: int) -> None:
+        call(
+            library_of_cases(),
+            "case_combine",
+            ctypes.byref(self.shape),
+            self.memory,
+            rows,
+            ctypes.c_int64(rows.shape[1]),
+            y,
+            ctypes.c_int64(y.shape[1]),
+            dim,
+        )

@@ -108,7 +108,8 @@ struct Product<256> {
 
 template <int kColumns, std::size_t... kIndex>
 __device__ __forceinline__ void multiply(float (&d)[kColumns / 2], const std::uint32_t (&a)[4],
-                                         Rows b, bool add, std::index_sequence<kIndex...> /*of d*/) {
+                                         Rows b, bool add,
+                                         std::index_sequence<kIndex...> /*of d*/) {
   using cute::SM90::GMMA::ScaleOut;
   const std::uint64_t rows = std::uint64_t{kRowsUpper} << 32 | b;
   Product<kColumns>::Type::fma(a[0], a[1], a[2], a[3], rows, d[kIndex]...,

@@ -293,8 +293,8 @@ void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t str
     (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,
                                                                                            stream);
   } else {
-    (k4 ? launch_kernel<Bits::k4, Scales::kPairs> : launch_kernel<Bits::k8, Scales::kPairs>)(
-        p, how, stream);
+    (k4 ? launch_kernel<Bits::k4, Scales::kPairs>
+        : launch_kernel<Bits::k8, Scales::kPairs>)(p, how, stream);
   }
 }
 

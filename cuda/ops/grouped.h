@@ -25,15 +25,15 @@ struct TokenTile {
 // A visit is one row of a product: some row of x times the matrix of one group, into some row of y.
 // Everything is device memory; bf16 is held as its bits.
 struct GroupedProduct {
-  TileShape shape;                        // of every group's matrix
-  const TilePointers* groups = nullptr;   // [n_groups]
-  const std::uint16_t* x = nullptr;       // bf16 [.., shape.inputs], aligned to 16 bytes
-  std::int64_t x_stride = 0;              // in values, a multiple of 8
-  const std::int32_t* x_rows = nullptr;   // [n_visits], or null: row i is visit i's
-  void* y = nullptr;                      // [.., shape.rows], or [.., shape.rows / 2] of kSwiGlu
-  std::int64_t y_stride = 0;              // in values; even where y is bf16
-  const std::int32_t* y_rows = nullptr;   // [n_visits], or null: row i is visit i's
-  const float* factors = nullptr;         // [n_visits], or null: 1; kSwiGlu only
+  TileShape shape;                       // of every group's matrix
+  const TilePointers* groups = nullptr;  // [n_groups]
+  const std::uint16_t* x = nullptr;      // bf16 [.., shape.inputs], aligned to 16 bytes
+  std::int64_t x_stride = 0;             // in values, a multiple of 8
+  const std::int32_t* x_rows = nullptr;  // [n_visits], or null: row i is visit i's
+  void* y = nullptr;                     // [.., shape.rows], or [.., shape.rows / 2] of kSwiGlu
+  std::int64_t y_stride = 0;             // in values; even where y is bf16
+  const std::int32_t* y_rows = nullptr;  // [n_visits], or null: row i is visit i's
+  const float* factors = nullptr;        // [n_visits], or null: 1; kSwiGlu only
   // kAdd: no two visits may name the same row of y. kSwiGlu: silu(f gate) * (f up) with the visit's
   // factor f.
   Output output = Output::kStore;

@@ -37,8 +37,8 @@ __device__ inline int column_of(int first_column, int j) {
 }
 
 template <int kValues>
-__device__ inline void finish_f32(const GroupedProduct& p, const VisitRows& visits, int first_column,
-                                  int row_tile, const float (&d)[kValues]) {
+__device__ inline void finish_f32(const GroupedProduct& p, const VisitRows& visits,
+                                  int first_column, int row_tile, const float (&d)[kValues]) {
   constexpr int kAtOnce = 8;  // 4 j of loads in flight: registers that sums leave free
   const int row = row_tile * kTileRows + thread_index() % kWarp / 4;
   const bool has[2] = {row < p.shape.rows, row + 8 < p.shape.rows};

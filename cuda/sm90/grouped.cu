@@ -92,7 +92,7 @@ struct Turn {
 struct TokenCopies {
   static constexpr int kEach = kTileTokens * 8 / kWarpgroup;
   static constexpr int kApart = kWarpgroup / 8;  // tokens from one to the next
-  std::uint32_t row[kEach];  // where it starts in x, in 16 bytes
+  std::uint32_t row[kEach];                      // where it starts in x, in 16 bytes
   std::uint32_t is;  // bit i: there is an i-th one; the others become zeros. kHalf: or nothing
   static constexpr std::uint32_t kHalf = 1u << kEach;  // where they are of the second half
 
@@ -131,8 +131,8 @@ struct TokenCopies {
 // thread's piece of row tile 0; the next row tile's is `apart` further. Row tiles past the matrix, from
 // n_tiles on, become zeros; their sums go nowhere.
 template <int kPieces>
-__device__ __forceinline__ void copy_row_tiles(std::byte* to, const std::byte* from,
-                                               int apart, int n_tiles) {
+__device__ __forceinline__ void copy_row_tiles(std::byte* to, const std::byte* from, int apart,
+                                               int n_tiles) {
   constexpr int kAll = kBlockTiles * kPieces;
   const int thread = thread_index();
   to += thread * 16;
@@ -152,10 +152,9 @@ __device__ void copy_weights(std::byte* slot, const TileShape& shape, const std:
   const int thread = thread_index();
 #pragma unroll 1
   for (int tile = 0; tile < kChunkTiles; ++tile) {
-    copy_row_tiles<kTilePieces>(
-        slot + R::kWeights + tile * R::kKTileBytes,
-        tiles + tile * tile_bytes(kBits) + thread % kTilePieces * 16,
-        static_cast<int>(shape.row_tile_bytes()), n_tiles);
+    copy_row_tiles<kTilePieces>(slot + R::kWeights + tile * R::kKTileBytes,
+                                tiles + tile * tile_bytes(kBits) + thread % kTilePieces * 16,
+                                static_cast<int>(shape.row_tile_bytes()), n_tiles);
   }
   constexpr int kScalePieces = R::kTileScaleBytes / 16;
   constexpr int kEntryPieces = kScalePieces / R::kEntries;
@@ -228,7 +227,8 @@ __device__ __forceinline__ Zeros read_zeros(const std::byte* scales, int step) {
 
 // total += scale * products, those of row g and of row g + 8.
 template <int kValues>
-__device__ __forceinline__ void add_scaled(float (&total)[kValues], const float (&products)[kValues],
+__device__ __forceinline__ void add_scaled(float (&total)[kValues],
+                                           const float (&products)[kValues],
                                            const RowScales& scale) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) total[i] = total[i] + scale.of[i / 2 % 2] * products[i];
@@ -238,8 +238,7 @@ __device__ __forceinline__ void add_scaled(float (&total)[kValues], const float 
 // tile, in the slot.
 template <Bits kBits, Scales kScales, int kColumns>
 __device__ __forceinline__ void multiply_chunk(float (&total)[kColumns / 2], Rows rows,
-                                               const std::byte* weights,
-                                               const std::byte* scales) {
+                                               const std::byte* weights, const std::byte* scales) {
   constexpr int kInFlight = 3;
   constexpr bool kZeros = kScales == Scales::kPairs;
   // Groups may be as small as 32 inputs; larger ones are added in pieces too.
@@ -249,8 +248,8 @@ __device__ __forceinline__ void multiply_chunk(float (&total)[kColumns / 2], Row
   const auto piece_at = [&](int step) {
     const int tile = step * kStepInputs / kTileInputs;
     const int in_tile = step % (kTileInputs / kStepInputs) / kPieceSteps;
-    return *reinterpret_cast<const uint4*>(
-        weights + tile * Ring<kBits, kScales>::kKTileBytes + in_tile * 512 + lane * 16);
+    return *reinterpret_cast<const uint4*>(weights + tile * Ring<kBits, kScales>::kKTileBytes +
+                                           in_tile * 512 + lane * 16);
   };
   float products[kColumns / 2];
   std::uint32_t a[kInFlight][4];
@@ -265,8 +264,8 @@ __device__ __forceinline__ void multiply_chunk(float (&total)[kColumns / 2], Row
     const bool read_on = (step + 1) % kPieceSteps == 0 && step + 1 < kChunkSteps;
     if (read_on) piece = piece_at(step + 1);  // arrives while the product runs
     start_products();
-    const int n_bytes = step * kStepInputs / kTileInputs * kTokensBytes +
-                        step * kStepInputs % kTileInputs * 2;
+    const int n_bytes =
+        step * kStepInputs / kTileInputs * kTokensBytes + step * kStepInputs % kTileInputs * 2;
     multiply_async<kColumns>(products, a[step % kInFlight], advance(rows, n_bytes), since != 0);
     commit_products();
     if (since == kScaleSteps - 1) {
@@ -305,9 +304,9 @@ __device__ __forceinline__ void consume_job(const GroupedProduct& p, const Visit
     show_to_products();  // what copies wrote
 #pragma unroll
     for (int s = 0; s < kSubtiles; ++s) {
-      multiply_chunk<kBits, kScales, kColumns>(
-          sums[s], rows, weights + s * kSubtileTiles * tile_bytes(kBits),
-          scales + s * kSubtileTiles * R::kTileScaleBytes);
+      multiply_chunk<kBits, kScales, kColumns>(sums[s], rows,
+                                               weights + s * kSubtileTiles * tile_bytes(kBits),
+                                               scales + s * kSubtileTiles * R::kTileScaleBytes);
     }
     sync_warp();
     if (thread_index() % kWarp == 0) arrive(empty + turn.slot());
@@ -351,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Barrier* full = reinterpret_cast<Barrier*>(shared_memory() + R::kBarriers);
   if (thread_index() == 0) {
     for (int i = 0; i < R::kSlots; ++i) {
-      init_barrier(full + i, kWarpgroup);                          // each producer's copies
+      init_barrier(full + i, kWarpgroup);  // each producer's copies
       init_barrier(full + R::kSlots + i, kConsumers * kWarpgroup / kWarp);  // each consumer warp
     }
   }
@@ -388,8 +387,8 @@ void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t str
     (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,
                                                                                            stream);
   } else {
-    (k4 ? launch_kernel<Bits::k4, Scales::kPairs> : launch_kernel<Bits::k8, Scales::kPairs>)(
-        p, how, stream);
+    (k4 ? launch_kernel<Bits::k4, Scales::kPairs>
+        : launch_kernel<Bits::k8, Scales::kPairs>)(p, how, stream);
   }
 }
 

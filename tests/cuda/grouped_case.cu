@@ -1,6 +1,10 @@
 // C functions over grouped products and the routing of many tokens, for tests on the emulated device.
+#include <algorithm>
+#include <iterator>
+
 #include "machine.h"
 #include "ops/grouped.h"
+#include "ops/route_many.h"
 #include "sm90/grouped.h"
 
 using namespace camelid::cuda;
@@ -86,6 +90,42 @@ int case_job(const TokenTile* tiles, std::int32_t n_tiles, std::int32_t number,
   if (!find_job(p, number, n_row_blocks, tile, found[1])) return 0;
   found[0] = tile.first;
   return 1;
+}
+
+struct CaseRoute {
+  std::int32_t n_tokens, n_experts, top_k, shared;
+};
+
+static RouteShape route_of(const CaseRoute& c) {
+  return {c.n_tokens, c.n_experts, c.top_k, c.shared != 0};
+}
+
+std::int64_t case_route_bytes(const CaseRoute* c) {
+  return static_cast<std::int64_t>(routes_bytes(route_of(*c)));
+}
+
+// Where in the memory token, factor, visits, tiles and tile_ends lie, and how many tiles there may be.
+void case_route_places(const CaseRoute* c, std::byte* memory, std::int64_t* places) {
+  const Routes routes = routes_in(route_of(*c), memory);
+  const auto at = [&](const void* pointer) {
+    return static_cast<const std::byte*>(pointer) - memory;
+  };
+  const std::int64_t all[] = {at(routes.token), at(routes.factor), at(routes.visits),
+                              at(routes.tiles), at(routes.tile_ends)};
+  std::copy(std::begin(all), std::end(all), places);
+}
+
+int case_route(const CaseRoute* c, const float* logits, std::byte* memory) {
+  return emulated::caught(
+      [&] { route_many(route_of(*c), logits, routes_in(route_of(*c), memory), nullptr); });
+}
+
+int case_combine(const CaseRoute* c, std::byte* memory, const float* rows, std::int64_t rows_stride,
+                 float* y, std::int64_t y_stride, std::int32_t dim) {
+  return emulated::caught([&] {
+    combine_rows(route_of(*c), routes_in(route_of(*c), memory),
+                 {rows, rows_stride, y, y_stride, dim}, nullptr);
+  });
 }
 
 }  // extern "C"

@@ -23,6 +23,7 @@ from grouped_cases import (
 )
 from numpy.typing import NDArray
 
+
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
@@ -188,9 +189,7 @@ def test_every_job_comes_once(n_row_blocks: int) -> None:
     tiles = list_tiles([300, 0, 1, 128, 1000])
     library, found = library_of_cases(), np.zeros(2, np.int32)
     jobs, number = [], 0
-    while library.case_job(
-        pointer(tiles), len(tiles), number, n_row_blocks, pointer(found)
-    ):
+    while library.case_job(pointer(tiles), len(tiles), number, n_row_blocks, pointer(found)):
         jobs.append(tuple(found.tolist()))
         number += 1
     assert len(set(jobs)) == len(jobs) == len(tiles) * n_row_blocks

@@ -411,8 +411,7 @@ void fence() {
 }
 
 bool happens_now() {
-  return machine.copies == Copies::kEarly ||
-         (machine.copies == Copies::kRandom && below(2) == 0);
+  return machine.copies == Copies::kEarly || (machine.copies == Copies::kRandom && below(2) == 0);
 }
 
 }  // namespace camelid::cuda::emulated

@@ -150,7 +150,7 @@ __attribute__((noinline)) inline const void* code_here() { return __builtin_retu
 void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where);
 
 void start_copy(void* shared, const void* global, int n_bytes, const Where& where);
-void finish_copies(int n_pending);  // all but the latest n_pending groups
+void finish_copies(int n_pending);                  // all but the latest n_pending groups
 void finish_copies_of(Fiber& fiber, int n_groups);  // the first n_groups it committed
 
 // Whether what may happen now or later, when it is waited for, happens now.
