@@ -1,6 +1,6 @@
 // What only Hopper (sm_90a) knows: barriers in shared memory that copies arrive at, products by a
-// whole warpgroup that do not wait, and registers handed from one warpgroup to another. Like ptx.cuh
-// it knows no shape and no kernel; tests/cuda/emulated/device/hopper.cuh is its twin.
+// whole warpgroup that do not wait, and registers handed from one warpgroup to another. Like
+// ptx.cuh it knows no shape and no kernel; tests/cuda/emulated/device/hopper.cuh is its twin.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ __device__ inline void arrive_when_copied(Barrier* barrier) {
       : "memory");
 }
 
-// Waits until the phase of this parity is complete. The phase before a barrier's first one counts as
-// complete: waiting for parity 1 of a new barrier returns at once.
+// Waits until the phase of this parity is complete. The phase before a barrier's first one
+// counts as complete: waiting for parity 1 of a new barrier returns at once.
 __device__ inline void wait_barrier(Barrier* barrier, unsigned parity) {
   const unsigned address = shared_address(barrier);
   unsigned done = 0;
@@ -69,8 +69,9 @@ __device__ inline void show_to_products() {
 }
 
 // Describes b to multiply_async: rows of 64 bf16 (128 bytes), one for each column of the product,
-// pieces of 16 bytes swizzled: piece p of row r lies at r * 128 + (p ^ r % 8) * 16. The first row is
-// aligned to 1024 bytes. It is the lower half of a matrix descriptor: bits 0-13, address / 16.
+// pieces of 16 bytes swizzled: piece p of row r lies at r * 128 + (p ^ r % 8) * 16. The first
+// row is aligned to 1024 bytes. It is the lower half of a matrix descriptor: bits 0-13, address
+// / 16.
 using Rows = std::uint32_t;
 __device__ inline Rows describe_rows(const void* shared) {
   return (shared_address(shared) & 0x3ffffu) >> 4;
@@ -124,8 +125,9 @@ __device__ inline void start_products() {
 }
 
 // Starts d[64 x kColumns] = (add ? d : 0) + a[64 x 16] b[16 x kColumns] by a warpgroup, bf16 in,
-// float32 sums. Warp w has rows 16 w..; in it a is as in mma_bf16, and so is d[4 j..] for the columns
-// 8 j..8 j + 7. Neither a nor d may be touched, nor b overwritten, before the product was waited for.
+// float32 sums. Warp w has rows 16 w..; in it a is as in mma_bf16, and so is d[4 j..] for the
+// columns 8 j..8 j + 7. Neither a nor d may be touched, nor b overwritten, before the product
+// was waited for.
 template <int kColumns>
 __device__ __forceinline__ void multiply_async(float (&d)[kColumns / 2],
                                                const std::uint32_t (&a)[4], Rows b, bool add) {
@@ -152,8 +154,8 @@ __device__ __forceinline__ void hold(float (&d)[kValues]) {
 
 // ---- registers ----
 
-// By all warps of a warpgroup: its threads keep kRegisters, a multiple of 8, from here on. Those who
-// take more wait until others gave enough.
+// By all warps of a warpgroup: its threads keep kRegisters, a multiple of 8, from here on. Those
+// who take more wait until others gave enough.
 template <int kRegisters>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

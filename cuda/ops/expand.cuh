@@ -1,5 +1,5 @@
-// From a lane's 16 bytes of packed weights to the A fragments of products of many tokens. Scales are
-// not applied here: they follow in float32.
+// From a lane's 16 bytes of packed weights to the A fragments of products of many tokens. Scales
+// are not applied here: they follow in float32.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@ namespace camelid::cuda {
 // Steps of 16 inputs whose weights lie in one 16-byte piece of a lane.
 CAMELID_HOST_DEVICE constexpr int steps_of_piece(Bits bits) { return bits == Bits::k4 ? 4 : 2; }
 
-// Zero points of rows g and g + 8 as pairs: what is subtracted from the bits (int4) or values (int8).
+// Zero points of rows g and g + 8 as pairs: what is subtracted from the bits (int4) or values
+// (int8).
 struct Zeros {
   std::uint32_t of[2];
 };

@@ -1,5 +1,6 @@
-// Grouped products of many rows on any GPU from sm_80 on: int4 and int8 weights times gathered bf16
-// rows by mma.sync, with the scales in float32. What is computed, and in which order: grouped.h.
+// Grouped products of many rows on any GPU from sm_80 on: int4 and int8 weights times gathered
+// bf16 rows by mma.sync, with the scales in float32. What is computed, and in which order:
+// grouped.h.
 
 // ---- layout ----
 //
@@ -10,8 +11,9 @@
 //   ring: 64               r * 128 + (p ^ r % 8) * 16, so that eight rows' pieces meet all banks
 //   inputs        weights  [8 row tiles][tile], as they lie in memory
 //
-// Four slots: 80 KB (int4) or 96 KB (int8), which also fits GPUs with 99 KB for a block. Scales are
-// read where they lie. A job starts with an empty ring: simple, and some percent slower than Hopper's.
+// Four slots: 80 KB (int4) or 96 KB (int8), which also fits GPUs with 99 KB for a block. Scales
+// are read where they lie. A job starts with an empty ring: simple, and some percent slower than
+// Hopper's.
 
 #include "ops/grouped.h"
 

@@ -1,6 +1,7 @@
-// Many rows times the matrices of many experts in one launch: what such a product is made of, and the
-// kernel for every GPU from sm_80 on. sm90/grouped.h has the one for Hopper, with the same arguments.
-// It owns the order in which output tiles are computed; where rows go, ops/route_many.h decides.
+// Many rows times the matrices of many experts in one launch: what such a product is made of,
+// and the kernel for every GPU from sm_80 on. sm90/grouped.h has the one for Hopper, with the
+// same arguments. It owns the order in which output tiles are computed; where rows go,
+// ops/route_many.h decides.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ struct TokenTile {
   std::int32_t group_n;     // and how many it has
 };
 
-// A visit is one row of a product: some row of x times the matrix of one group, into some row of y.
-// Everything is device memory; bf16 is held as its bits.
+// A visit is one row of a product: some row of x times the matrix of one group, into some row of
+// y. Everything is device memory; bf16 is held as its bits.
 struct GroupedProduct {
   TileShape shape;                       // of every group's matrix
   const TilePointers* groups = nullptr;  // [n_groups]
@@ -34,12 +35,12 @@ struct GroupedProduct {
   std::int64_t y_stride = 0;             // in values; even where y is bf16
   const std::int32_t* y_rows = nullptr;  // [n_visits], or null: row i is visit i's
   const float* factors = nullptr;        // [n_visits], or null: 1; kSwiGlu only
-  // kAdd: no two visits may name the same row of y. kSwiGlu: silu(f gate) * (f up) with the visit's
-  // factor f.
+  // kAdd: no two visits may name the same row of y. kSwiGlu: silu(f gate) * (f up) with the
+  // visit's factor f.
   Output output = Output::kStore;
 
-  // Which visits: the tiles from *first_tile up to *last_tile of a list, as route_many makes it. Or,
-  // where tiles is null, the visits 0..n_visits - 1 by the first group.
+  // Which visits: the tiles from *first_tile up to *last_tile of a list, as route_many makes it.
+  // Or, where tiles is null, the visits 0..n_visits - 1 by the first group.
   const TokenTile* tiles = nullptr;
   const std::int32_t* first_tile = nullptr;
   const std::int32_t* last_tile = nullptr;
@@ -63,14 +64,15 @@ struct Job {
   std::int32_t row_block;
 };
 
-// Neighbouring jobs run at the same time, and what they have in common is read once from L2's point
-// of view. A wave of about 132 jobs that takes R row blocks by T token tiles of 128 reads, of Scout's
-// gate and up in int4 (256 rows: 0.66 MB; 128 tokens: 1.3 MB), 0.66 R + 1.3 T MB: least near R = 16.
+// Neighbouring jobs run at the same time, and what they have in common is read once from L2's
+// point of view. A wave of about 132 jobs that takes R row blocks by T token tiles of 128 reads,
+// of Scout's gate and up in int4 (256 rows: 0.66 MB; 128 tokens: 1.3 MB), 0.66 R + 1.3 T MB:
+// least near R = 16.
 constexpr int kBandBlocks = 16;
 
 // Job number `local` of a group with n_tiles tiles of tokens: bands of row blocks, in each of them
-// all tiles of tokens, for each of them the row blocks of the band. A band's weights, at most 10 MB,
-// stay in L2 while tokens stream past.
+// all tiles of tokens, for each of them the row blocks of the band. A band's weights, at most 10
+// MB, stay in L2 while tokens stream past.
 CAMELID_HOST_DEVICE constexpr Job job_of_group(int local, int n_tiles, int n_row_blocks) {
   const int band = local / (kBandBlocks * n_tiles);
   const int first = band * kBandBlocks;

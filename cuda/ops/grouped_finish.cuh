@@ -1,5 +1,6 @@
-// What becomes of a grouped product's sums: stored, added, or SwiGLU. One warp finishes a row tile's
-// sums as tensor cores leave them; both kernels of grouped products end here. It multiplies nothing.
+// What becomes of a grouped product's sums: stored, added, or SwiGLU. One warp finishes a row
+// tile's sums as tensor cores leave them; both kernels of grouped products end here. It
+// multiplies nothing.
 #pragma once
 
 #include <cstdint>
@@ -64,8 +65,8 @@ __device__ inline void finish_f32(const GroupedProduct& p, const VisitRows& visi
   }
 }
 
-// Writes the values of two neighbouring columns (tokens), each lane's of output row `row`. Lanes of
-// even g write the first token's of two rows at a time, those of odd g the second's.
+// Writes the values of two neighbouring columns (tokens), each lane's of output row `row`. Lanes
+// of even g write the first token's of two rows at a time, those of odd g the second's.
 __device__ inline void store_bf16(std::uint16_t* y, const VisitRows& visits, int column, int row,
                                   bool has, float first, float second) {
   const int odd = thread_index() / 4 % 2;

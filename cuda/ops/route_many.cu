@@ -1,5 +1,5 @@
-// Routing of many tokens: top-k, a counting sort by expert that keeps the order of tokens, the list
-// of token tiles, and the sum over visits. route_many.h says what the results mean.
+// Routing of many tokens: top-k, a counting sort by expert that keeps the order of tokens, the
+// list of token tiles, and the sum over visits. route_many.h says what the results mean.
 
 // ---- layout ----
 //
@@ -35,8 +35,8 @@ __device__ inline bool is_better(const Choice& one, const Choice& other) {
 
 // ---- kernel: choose ----
 
-// The best of a warp's logits that are not taken. Whatever the logits are, NaN too, it is an expert
-// that was not chosen before, and the same for all lanes.
+// The best of a warp's logits that are not taken. Whatever the logits are, NaN too, it is an
+// expert that was not chosen before, and the same for all lanes.
 __device__ inline Choice best_of_warp(const float (&logits)[kMine], unsigned taken, int n_experts) {
   const int lane = thread_index() % kWarp;
   Choice best{0.0f, -1};

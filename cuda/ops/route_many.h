@@ -1,6 +1,7 @@
-// Which expert each of many tokens visits, as grouped products want it: top-k of the router's logits,
-// visits sorted by expert, and the list of token tiles; and the sum of what a token's visits brought.
-// All on the device, the same bits every time. It knows neither weights nor products.
+// Which expert each of many tokens visits, as grouped products want it: top-k of the router's
+// logits, visits sorted by expert, and the list of token tiles; and the sum of what a token's
+// visits brought. All on the device, the same bits every time. It knows neither weights nor
+// products.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +30,8 @@ struct Routes {
   float* factor = nullptr;         // [n_visits]: 1 for the shared expert, else sigmoid(logit)
   std::int32_t* visits = nullptr;  // [n_tokens][top_k]: routed visits of a token, by expert
   TokenTile* tiles = nullptr;
-  // Of tiles: where the shared expert's begin (0), where they end, where all end. So a product over
-  // all has first_tile = tile_ends, last_tile = tile_ends + 2.
+  // Of tiles: where the shared expert's begin (0), where they end, where all end. So a product
+  // over all has first_tile = tile_ends, last_tile = tile_ends + 2.
   std::int32_t* tile_ends = nullptr;  // [3]
 
   // While sorting, for each block of kRouteTokens tokens.

@@ -1,5 +1,5 @@
-// Grouped products of many rows on Hopper: int4 and int8 weights times gathered bf16 rows by wgmma,
-// with the scales in float32. ops/grouped.h says what is computed and in which order.
+// Grouped products of many rows on Hopper: int4 and int8 weights times gathered bf16 rows by
+// wgmma, with the scales in float32. ops/grouped.h says what is computed and in which order.
 
 // ---- layout ----
 //
@@ -15,21 +15,23 @@
 //   ring: a chunk weights  [2 k tiles][16 row tiles][tile], as they lie in memory
 //   of 128 inputs scales   [16 row tiles][1 (bf16) or 4 (pairs) entries][16 rows]
 //
-// The producer warpgroup copies, 16 bytes at a time, which gathers rows for free; every consumer reads
-// its own lane's piece of the weights, makes them bf16 in registers and multiplies by all tokens.
+// The producer warpgroup copies, 16 bytes at a time, which gathers rows for free; every consumer
+// reads its own lane's piece of the weights, makes them bf16 in registers and multiplies by all
+// tokens.
 //
 // Why 256 x 128 and not 128 x 256: weights are a quarter of x's size. In the 1024 cycles of tensor
-// cores that 64 inputs take either way, 256 x 128 brings 16 + 8 KB to an SM (int4), 128 x 256 brings
-// 32 + 4 KB: 24 or 36 bytes per cycle, where L2 gives each of 132 SMs at most 39 (5120 in all). And
-// experts waste fewer columns: a tile of at most 64 tokens takes half the time.
+// cores that 64 inputs take either way, 256 x 128 brings 16 + 8 KB to an SM (int4), 128 x 256
+// brings 32 + 4 KB: 24 or 36 bytes per cycle, where L2 gives each of 132 SMs at most 39 (5120 in
+// all). And experts waste fewer columns: a tile of at most 64 tokens takes half the time.
 //
-// Shared memory, bytes per cycle of 128 at full speed: products read x 64, copies write 24, weights
-// are read 8: 96 (int8: 112).
+// Shared memory, bytes per cycle of 128 at full speed: products read x 64, copies write 24,
+// weights are read 8: 96 (int8: 112).
 //
-// Registers of a consumer: 128 sums, 64 products of the chunk, 4 x 4 of a, 2 x 4 of packed weights,
-// and about 16 of addresses: 232. So scales can wait for float32: each subtile's chunk is summed on its
-// own (8 products of 64 x 128 x 16) and then added, scaled. A second set for the other subtile does
-// not fit, so a warpgroup's products pause there; meanwhile the other warpgroup's go on.
+// Registers of a consumer: 128 sums, 64 products of the chunk, 4 x 4 of a, 2 x 4 of packed
+// weights, and about 16 of addresses: 232. So scales can wait for float32: each subtile's chunk
+// is summed on its own (8 products of 64 x 128 x 16) and then added, scaled. A second set for
+// the other subtile does not fit, so a warpgroup's products pause there; meanwhile the other
+// warpgroup's go on.
 //
 // Issue slots of a scheduler (2 consumer warps, 1 producer), per 128 inputs = 2048 cycles:
 //   expand 2 warps x 64 words of a x 2.75 = 352; scale 2 x 128 = 256; wgmma, waits, loads < 150;
@@ -127,9 +129,9 @@ struct TokenCopies {
   }
 };
 
-// Copies kPieces x n_tiles pieces of 16 bytes, by all threads, to neighbouring places. `from`: this
-// thread's piece of row tile 0; the next row tile's is `apart` further. Row tiles past the matrix, from
-// n_tiles on, become zeros; their sums go nowhere.
+// Copies kPieces x n_tiles pieces of 16 bytes, by all threads, to neighbouring places. `from`:
+// this thread's piece of row tile 0; the next row tile's is `apart` further. Row tiles past the
+// matrix, from n_tiles on, become zeros; their sums go nowhere.
 template <int kPieces>
 __device__ __forceinline__ void copy_row_tiles(std::byte* to, const std::byte* from, int apart,
                                                int n_tiles) {
@@ -234,8 +236,8 @@ __device__ __forceinline__ void add_scaled(float (&total)[kValues],
   for (int i = 0; i < kValues; ++i) total[i] = total[i] + scale.of[i / 2 % 2] * products[i];
 }
 
-// One subtile's chunk: total += scales * (weights x rows). `weights` and `scales`: of this warp's row
-// tile, in the slot.
+// One subtile's chunk: total += scales * (weights x rows). `weights` and `scales`: of this
+// warp's row tile, in the slot.
 template <Bits kBits, Scales kScales, int kColumns>
 __device__ __forceinline__ void multiply_chunk(float (&total)[kColumns / 2], Rows rows,
                                                const std::byte* weights, const std::byte* scales) {
@@ -341,8 +343,8 @@ __device__ void consume(const GroupedProduct& p) {
   }
 }
 
-// y = w x for all visits of p; ops/grouped.h. One block of three warpgroups for each multiprocessor,
-// persistent. Bound by the tensor cores from about 64 tokens for each expert on.
+// y = w x for all visits of p; ops/grouped.h. One block of three warpgroups for each
+// multiprocessor, persistent. Bound by the tensor cores from about 64 tokens for each expert on.
 template <Bits kBits, Scales kScales>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_many_kernel(const __grid_constant__ GroupedProduct p) {
