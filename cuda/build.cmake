@@ -18,8 +18,10 @@ set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 
 file(GLOB_RECURSE CAMELID_CUDA_SOURCES CONFIGURE_DEPENDS cuda/*.cu)
+list(FILTER CAMELID_CUDA_SOURCES EXCLUDE REGEX "/cuda/sm90/")
 add_library(camelid_cuda STATIC ${CAMELID_CUDA_SOURCES})
 target_link_libraries(camelid_cuda PRIVATE camelid_core)
+target_include_directories(camelid_cuda PRIVATE cuda)
 # -v: ptxas prints registers and spills of every kernel; .ci/run reads them.
 target_compile_options(camelid_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all;-Xptxas=-v;-Xcompiler=-Wall,-Wextra>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all;--expt-relaxed-constexpr;-Xptxas=-v;-Xcompiler=-Wall,-Wextra>)

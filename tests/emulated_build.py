@@ -30,8 +30,14 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulated"
 CACHE = ROOT / "build" / "emulated"
 # The twins of cuda/device/ come first, so that kernels find them under the same names.
 FOLDERS = ["src", "tests/cuda/emulated", "cuda"]
-# The thread sanitizer's calls before each access go to the emulator instead of its own library.
-WATCH = ["-fsanitize=thread", "-fno-tree-vectorize"]
+# What the sanitizers call goes to the emulator instead of their own libraries. Accesses that the
+# compiler merged would be reported as ones of another size.
+WATCH = [
+    "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=float-cast-overflow",
+    "-fno-tree-loop-vectorize",
+    "-fno-tree-slp-vectorize",
+]
 FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -48,8 +54,8 @@ def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> cty
     Args:
         sources: Paths from the root of the repository.
         watch: Compile kernels to report every access, and fail those that leave their memory, are
-            not aligned, or race with another thread's, in whatever order they happened to run;
-            for two to three times the time.
+            not aligned, or race with another thread's, in whatever order they happened to run,
+            and what C++ leaves undefined; for two to three times the time.
         flags: More for the compiler.
     """
     compiler = (
@@ -61,8 +67,10 @@ def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> cty
     CACHE.mkdir(parents=True, exist_ok=True)
     common = [*compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
     kernels = [*common, *WATCH] if watch else common
-    objects = [_compile(kernels, ROOT / source) for source in sources]
-    objects.append(_compile(common, EMULATOR / "fibers.cpp"))
+    # The emulator first: of inline functions that both have, the linker keeps the first, and the
+    # emulator's own must not report to itself.
+    objects = [_compile(common, EMULATOR / "fibers.cpp")]
+    objects += [_compile(kernels, ROOT / source) for source in sources]
     library = CACHE / f"{_key(*(path.name.encode() for path in objects))}.so"
     _make(library, [*compiler, "-shared", *map(str, objects)])
     loaded = ctypes.CDLL(str(library))

@@ -1,4 +1,4 @@
-"""Weights of several experts in the device's layout, and products over them, for tests of kernels."""
+"""Weights of experts in the device's layout, and products over them, for tests of kernels."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ def pack_scales(
 
 def list_tiles(counts: list[int]) -> NDArray[np.int32]:
     """The tiles of groups with these numbers of visits: group, first, n, group_tile, group_n."""
-    tiles, first = [], 0
+    tiles: list[list[int]] = []
+    first = 0
     for group, count in enumerate(counts):
         group_tile, group_n = len(tiles), -(-count // TILE_TOKENS)
         for start in range(0, count, TILE_TOKENS):

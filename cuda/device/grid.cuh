@@ -1,5 +1,5 @@
-// What blocks of one launch need to work on a result together: a barrier of the whole grid, and sums
-// of parts that are formed in the same order whoever comes last. It knows nothing of matrices.
+// What blocks of one launch need to work on a result together: a barrier of the whole grid, and
+// sums of parts that are formed in the same order whoever comes last. It knows nothing of matrices.
 #pragma once
 
 #include "device/launch.cuh"

@@ -44,9 +44,9 @@ __device__ inline void wait_copies() {
 
 // ---- products ----
 
-// c[16 x 8] += a[16 x 16] b[16 x 8] by a warp, bf16 in, float32 sums. With g = lane / 4, t = lane % 4:
-// a holds rows g, g + 8 at columns 2t.. and again at columns 2t + 8..; b rows 2t.. and 2t + 8.. of
-// column g; c row g and row g + 8 at columns 2t, 2t + 1.
+// c[16 x 8] += a[16 x 16] b[16 x 8] by a warp, bf16 in, float32 sums. With g = lane / 4, t = lane %
+// 4: a holds rows g, g + 8 at columns 2t.. and again at columns 2t + 8..; b rows 2t.. and 2t + 8..
+// of column g; c row g and row g + 8 at columns 2t, 2t + 1.
 __device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                 std::uint32_t b1) {
   asm volatile(

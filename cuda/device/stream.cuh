@@ -1,7 +1,7 @@
-// Products of packed matrices with a few tokens, at the rate at which weights can be read: the blocks
-// of a grid share all units of work evenly (layout/share.h), weights stream through a ring in shared
-// memory several units ahead, tensor cores multiply even a single token, and group scales meet the
-// float32 sums. It knows lists of matrices, nothing of models.
+// Products of packed matrices with a few tokens, at the rate at which weights can be read: the
+// blocks of a grid share all units of work evenly (layout/share.h), weights stream through a ring
+// in shared memory several units ahead, tensor cores multiply even a single token, and group scales
+// meet the float32 sums. It knows lists of matrices, nothing of models.
 //
 // A unit is 128 rows x 128 inputs: each of 8 warps owns 16 rows, and reads back from the ring only
 // what its own lanes copied. Tokens are the 8-wide side of mma.m16n8k16; all warps share them.

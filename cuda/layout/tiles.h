@@ -1,6 +1,7 @@
-// How INT4 and INT8 weights lie in device memory: tiles of 16 rows by 64 inputs in the order in which
-// a warp's mma.m16n8k16 (and, four warps side by side, a warpgroup's wgmma) wants them in registers.
-// Plain functions that host and device share, so that a test decodes on the CPU what a GPU packs.
+// How INT4 and INT8 weights lie in device memory: tiles of 16 rows by 64 inputs in the order in
+// which a warp's mma.m16n8k16 (and, four warps side by side, a warpgroup's wgmma) wants them in
+// registers. Plain functions that host and device share, so that a test decodes on the CPU what a
+// GPU packs.
 //
 //   tiles   [row tile][k tile of 64]     512 bytes of int4: 32 lanes x 4 words, one per k16 step;
 //                                        1024 of int8: 2 x 32 lanes x 4 words, two per k16 step

@@ -24,43 +24,59 @@ struct Scratch {
   std::int32_t shared_stride, routed_stride;
 };
 
+constexpr int kRouterTokens = 4;  // that share a read of a router row
+
 struct Header {
   List lists[kLists];
   Routing routing;
   int all_tokens[2];
+  float router_sums[kStreamWarps][kRouterTokens];
   unsigned flag;
 };
 
-// Logits of the router, a warp for an expert and four tokens. Each is summed in the same order
-// whatever the other tokens are.
-__device__ void run_router(const ExpertsFew& call, float* logits) {
-  constexpr int kTokens = 4;
-  const int lane = thread_index() % kWarp;
-  const int n_warps = grid_size() * block_size() / kWarp;
-  const int dim = call.w.gate_up_shape.inputs;
-  const int n_pieces = divide_up(call.n_tokens, kTokens);
-  for (int job = thread_index() / kWarp * grid_size() + block_index();
-       job < call.w.n_experts * n_pieces; job += n_warps) {
-    const int expert = job / n_pieces, first = job % n_pieces * kTokens;
-    const std::uint16_t* row = call.w.router + std::int64_t{expert} * dim;
-    float sums[kTokens] = {};
-    for (int input = lane * 2; input < dim; input += kWarp * 2) {
-      const bool both = input + 1 < dim;
-      const float w0 = low_bf16(row[input]), w1 = both ? low_bf16(row[input + 1]) : 0.0f;
+// Products of 8 inputs from `input` on, fewer at the end of a row, in their order.
+__device__ float dot8(const std::uint16_t* a, const std::uint16_t* b, int input, int dim) {
+  const auto x = *reinterpret_cast<const uint4*>(a + input);
+  const auto w = *reinterpret_cast<const uint4*>(b + input);
+  const std::uint32_t x_pairs[4] = {x.x, x.y, x.z, x.w}, w_pairs[4] = {w.x, w.y, w.z, w.w};
+  float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
+  for (int i = 0; i < 4; ++i) {
+    if (input + 2 * i < dim) sum += low_bf16(x_pairs[i]) * low_bf16(w_pairs[i]);
+    if (input + 2 * i + 1 < dim) sum += high_bf16(x_pairs[i]) * high_bf16(w_pairs[i]);
+  }
+  return sum;
+}
+
+// Logits of the router: a block takes an expert and four tokens, its warps every eighth piece of
+// the inputs. Each logit is summed in the same order whatever the other tokens are.
+__device__ void run_router(const ExpertsFew& call, float* logits, Header& header) {
+  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  const int dim = call.w.gate_up_shape.inputs;
+  const int n_pieces = divide_up(call.n_tokens, kRouterTokens);
+  for (int job = block_index(); job < call.w.n_experts * n_pieces; job += grid_size()) {
+    const int expert = job / n_pieces, first = job % n_pieces * kRouterTokens;
+    const std::uint16_t* row = call.w.router + std::int64_t{expert} * call.w.router_stride;
+    float sums[kRouterTokens] = {};
+    for (int input = thread_index() * 8; input < dim; input += kStreamThreads * 8) {
+#pragma unroll
+      for (int i = 0; i < kRouterTokens; ++i) {
         if (first + i >= call.n_tokens) break;
-        const std::uint16_t* x = call.x + std::int64_t{first + i} * call.x_stride + input;
-        sums[i] += w0 * low_bf16(x[0]);
-        if (both) sums[i] += w1 * low_bf16(x[1]);
+        sums[i] += dot8(call.x + std::int64_t{first + i} * call.x_stride, row, input, dim);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (first + i >= call.n_tokens) break;
+    for (int i = 0; i < kRouterTokens; ++i) {
       for (int mask = kWarp / 2; mask > 0; mask /= 2) sums[i] += shuffle_xor(sums[i], mask);
-      if (lane == 0) logits[std::int64_t{first + i} * call.w.n_experts + expert] = sums[i];
+      if (lane == 0) header.router_sums[warp][i] = sums[i];
     }
+    sync_block();
+    if (thread_index() < kRouterTokens && first + thread_index() < call.n_tokens) {
+      float sum = 0.0f;
+      for (int w = 0; w < kStreamWarps; ++w) sum += header.router_sums[w][thread_index()];
+      logits[std::int64_t{first + thread_index()} * call.w.n_experts + expert] = sum;
+    }
+    sync_block();
   }
 }
 
@@ -164,7 +180,7 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
   Stream<Shape, Header> stream(parts);
   stream.prefetch(kRoutedUp);
   wait_for_previous_kernel();
-  run_router(call, scratch.logits);
+  run_router(call, scratch.logits, header);
   // A loop, so that the stream is compiled once: three copies of it would spill registers.
 #pragma unroll 1
   for (int phase = 0; phase < 3; ++phase) {
@@ -224,6 +240,7 @@ void check_call(const char* name, const ExpertsFew& call) {
   const ExpertWeights& w = call.w;
   check_stream_inputs(name, w.gate_up_shape, call.x, call.x_stride);
   check_stream_inputs(name, w.down_shape, nullptr, 0);
+  check_stream_inputs(name, w.gate_up_shape, w.router, w.router_stride);
   const bool has_shared = w.shared_gate_up.shape.rows > 0;
   const bool fits = w.n_experts >= 1 && w.n_experts <= kMaxRoutedExperts && w.top_k >= 1 &&
                     w.top_k <= w.n_experts && call.n_tokens <= experts_few_limit(w) &&

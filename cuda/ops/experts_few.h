@@ -12,7 +12,8 @@ namespace camelid::cuda {
 
 // Weights of the experts of one layer. All have the same kind of tiles: bits and scales.
 struct ExpertWeights {
-  const std::uint16_t* router = nullptr;  // bf16 [n_experts][dim]
+  const std::uint16_t* router = nullptr;  // bf16 [n_experts][router_stride], rows as those of x
+  std::int32_t router_stride = 0;
   const TilePointers* gate_up = nullptr;  // device memory, [n_experts]
   const TilePointers* down = nullptr;     // device memory, [n_experts]
   TileShape gate_up_shape;                // 2 ffn_dim x dim, RowOrder::kGateUp
@@ -39,8 +40,8 @@ int experts_few_limit(const ExpertWeights& w);
 WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens);
 std::size_t experts_few_scratch_bytes(const ExpertWeights& w, int n_tokens);
 
-// y += shared(x) + sum over the top_k experts e of expert_e(sigmoid(logit_e) x). The same bits every
-// time on one kind of GPU. Throws kInternal where the call cannot be; waits for nothing.
+// y += shared(x) + sum over the top_k experts e of expert_e(sigmoid(logit_e) x). The same bits
+// every time on one kind of GPU. Throws kInternal where the call cannot be; waits for nothing.
 void experts_few(const ExpertsFew& call, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace camelid::cuda

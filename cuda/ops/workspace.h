@@ -1,5 +1,5 @@
-// Device memory that kernels on few tokens share between their blocks, and how much of it they need.
-// One launch uses it at a time; `counters` are 0 between launches.
+// Device memory that kernels on few tokens share between their blocks, and how much of it they
+// need. One launch uses it at a time; `counters` are 0 between launches.
 #pragma once
 
 #include <cstddef>

@@ -118,7 +118,7 @@ struct CExperts {
   CShape gate_up, down, shared_gate_up, shared_down;
   const void *router, *gate_up_table, *down_table;
   const void *shared_gate_up_tiles, *shared_gate_up_scales, *shared_down_tiles, *shared_down_scales;
-  int n_experts, top_k;
+  int router_stride, n_experts, top_k;
 };
 
 static ExpertWeights experts_of(const CExperts& c) {
@@ -135,6 +135,7 @@ static ExpertWeights experts_of(const CExperts& c) {
   w.shared_gate_up = {shape_of(c.shared_gate_up),
                       at(c.shared_gate_up_tiles, c.shared_gate_up_scales)};
   w.shared_down = {shape_of(c.shared_down), at(c.shared_down_tiles, c.shared_down_scales)};
+  w.router_stride = c.router_stride;
   w.n_experts = c.n_experts;
   w.top_k = c.top_k;
   return w;

@@ -393,7 +393,27 @@ def test_access_that_is_not_aligned_is_named(watched: ctypes.CDLL) -> None:
     x, y = np.zeros(16, np.float32), np.zeros(4, np.float32)
     call(watched, "test_read_four_at", x, 48, y)
     message = error_of(watched, "test_read_four_at", x, 8, y)
-    assert "an access of 16 bytes to an address that is no multiple of 16" in message
+    assert "(selftest.cu:" in message
+    assert message.endswith("uses an address that is no multiple of 16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (0, 4, "an index beside its array"),
+        (1, 32, "a shift by less than 0 or by too much"),
+        (2, 2**31 - 1, "a sum that overflows"),
+        (3, 2**16, "a product that overflows"),
+        (4, 0, "a division by 0, or that overflows"),
+        (5, 2**30, "a float that does not fit the integer"),
+    ],
+)
+def test_what_is_undefined_is_named(
+    watched: ctypes.CDLL, kind: int, value: int, message: str
+) -> None:
+    y = np.zeros(1, np.int32)
+    call(watched, "test_undefined", kind, 1, y)
+    assert error_of(watched, "test_undefined", kind, value, y).endswith(message)
 
 
 def test_shuffle_orders_no_accesses(watched: ctypes.CDLL) -> None:

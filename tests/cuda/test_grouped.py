@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from emulated_build import EmulatorError
 from grouped_cases import (
     ADD,
@@ -21,7 +23,6 @@ from grouped_cases import (
     make_weights,
     run_product,
 )
-from numpy.typing import NDArray
 
 
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from emulated_build import EmulatorError
 from grouped_cases import (
     ADD,
@@ -20,7 +22,6 @@ from grouped_cases import (
     make_weights,
     run_product,
 )
-from numpy.typing import NDArray
 
 
 def choose(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
@@ -49,8 +50,10 @@ def check(logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 
     tiles, first = [], 0
     for group, n in enumerate([n_tokens] * shared + counts):
         group_tile, group_n = len(tiles), -(-n // TILE_TOKENS)
-        for start in range(0, n, TILE_TOKENS):
-            tiles.append((group, first + start, min(TILE_TOKENS, n - start), group_tile, group_n))
+        tiles += [
+            (group, first + start, min(TILE_TOKENS, n - start), group_tile, group_n)
+            for start in range(0, n, TILE_TOKENS)
+        ]
         first += n
     assert [tuple(tile) for tile in routes.tiles.tolist()] == tiles
     shared_tiles = -(-n_shared // TILE_TOKENS)

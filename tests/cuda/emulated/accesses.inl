@@ -1,5 +1,5 @@
-// Checks the accesses that kernels report: that they stay inside known memory, are aligned, and are
-// ordered with those of other threads (watch.h). Part of fibers.cpp.
+// Checks what kernels report: that accesses stay inside known memory and are ordered with those of
+// other threads (watch.h), and that nothing happens that C++ leaves undefined. Part of fibers.cpp.
 
 #include <dlfcn.h>
 
@@ -60,53 +60,76 @@ void access(const void* pointer, std::size_t n_bytes, Kind kind, const void* cod
 
 }  // namespace
 
-void report(const void* pointer, std::size_t n_bytes, bool writes, std::size_t align,
-            const void* code) {
+void report(const void* pointer, std::size_t n_bytes, bool writes, const void* code) {
   if (!current) return;  // code of the host
   const auto* byte = static_cast<const std::byte*>(pointer);
   if (byte >= current->stack && byte < current->stack + Stacks::kBytes) return;
-  if (reinterpret_cast<std::uintptr_t>(pointer) % align != 0) {
-    stop(cat(who(current->history.block, current->thread, code), ": an access of ", n_bytes,
-             " bytes to an address that is no multiple of ", align));
-  }
   access(pointer, n_bytes, writes ? kWrites : kReads, code);
+}
+
+// What a compiler tells of a pointer that does not suit its type.
+struct Mismatch {
+  const char* file;
+  std::uint32_t line, column;
+  const void* type;
+  std::uint8_t log2_align;
+};
+
+void report_undefined(const std::string& what, const void* code) {
+  if (current) stop(cat(who(current->history.block, current->thread, code), ": ", what));
 }
 
 }  // namespace camelid::cuda::emulated
 
+// What compilers call where -fsanitize is given; the libraries that usually answer are not linked.
 extern "C" {
 
-// ---- what -fsanitize=thread calls before every access, in kernels compiled with it ----
-
-#define CAMELID_REPORTS(bytes)                                                                  \
-  void __tsan_read##bytes(void* pointer) {                                                      \
-    camelid::cuda::emulated::report(pointer, bytes, false, bytes, __builtin_return_address(0)); \
-  }                                                                                             \
-  void __tsan_write##bytes(void* pointer) {                                                     \
-    camelid::cuda::emulated::report(pointer, bytes, true, bytes, __builtin_return_address(0));  \
-  }                                                                                             \
-  void __tsan_unaligned_read##bytes(void* pointer) {                                            \
-    camelid::cuda::emulated::report(pointer, bytes, false, 1, __builtin_return_address(0));     \
-  }                                                                                             \
-  void __tsan_unaligned_write##bytes(void* pointer) {                                           \
-    camelid::cuda::emulated::report(pointer, bytes, true, 1, __builtin_return_address(0));      \
+#define CAMELID_ACCESS(name, n_bytes, writes)                                               \
+  void __tsan_##name(void* pointer) {                                                       \
+    camelid::cuda::emulated::report(pointer, n_bytes, writes, __builtin_return_address(0)); \
   }
-CAMELID_REPORTS(1)
-CAMELID_REPORTS(2)
-CAMELID_REPORTS(4)
-CAMELID_REPORTS(8)
-CAMELID_REPORTS(16)
-#undef CAMELID_REPORTS
+#define CAMELID_ACCESSES(bytes)                       \
+  CAMELID_ACCESS(read##bytes, bytes, false)           \
+  CAMELID_ACCESS(write##bytes, bytes, true)           \
+  CAMELID_ACCESS(unaligned_read##bytes, bytes, false) \
+  CAMELID_ACCESS(unaligned_write##bytes, bytes, true)
+CAMELID_ACCESSES(1)
+CAMELID_ACCESSES(2)
+CAMELID_ACCESSES(4)
+CAMELID_ACCESSES(8)
+CAMELID_ACCESSES(16)
+#undef CAMELID_ACCESSES
+#undef CAMELID_ACCESS
 
 void __tsan_read_range(void* pointer, std::size_t n_bytes) {
-  camelid::cuda::emulated::report(pointer, n_bytes, false, 1, __builtin_return_address(0));
+  camelid::cuda::emulated::report(pointer, n_bytes, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* pointer, std::size_t n_bytes) {
-  camelid::cuda::emulated::report(pointer, n_bytes, true, 1, __builtin_return_address(0));
+  camelid::cuda::emulated::report(pointer, n_bytes, true, __builtin_return_address(0));
 }
 void __tsan_init() { camelid::cuda::emulated::watched = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
+
+void __ubsan_handle_type_mismatch_v1(const camelid::cuda::emulated::Mismatch* mismatch) {
+  camelid::cuda::emulated::report_undefined(
+      camelid::cat("uses an address that is no multiple of ", 1 << mismatch->log2_align),
+      __builtin_return_address(0));
+}
+
+#define CAMELID_UNDEFINED(name, what)                                             \
+  void __ubsan_handle_##name(const void*) {                                       \
+    camelid::cuda::emulated::report_undefined(what, __builtin_return_address(0)); \
+  }
+CAMELID_UNDEFINED(out_of_bounds, "an index beside its array")
+CAMELID_UNDEFINED(shift_out_of_bounds, "a shift by less than 0 or by too much")
+CAMELID_UNDEFINED(add_overflow, "a sum that overflows")
+CAMELID_UNDEFINED(sub_overflow, "a difference that overflows")
+CAMELID_UNDEFINED(mul_overflow, "a product that overflows")
+CAMELID_UNDEFINED(negate_overflow, "a negation that overflows")
+CAMELID_UNDEFINED(divrem_overflow, "a division by 0, or that overflows")
+CAMELID_UNDEFINED(float_cast_overflow, "a float that does not fit the integer")
+#undef CAMELID_UNDEFINED
 }

@@ -43,7 +43,8 @@ struct Machine {
   std::mt19937 random;
 
   // Of the grid that runs.
-  const std::function<void()>* thread = nullptr;
+  void (*thread)(const void* call) = nullptr;
+  const void* call = nullptr;
   Copies copies = Copies::kLate;
   double eagerness = 0;      // how often the warp that became ready last goes first
   std::vector<Warp*> ready;  // with threads that can go on
@@ -157,7 +158,7 @@ void suspend() { Context::swap(current->context, machine.scheduler); }
 __attribute__((noinline)) void run_thread() {
   [[maybe_unused]] volatile std::byte room[8 * 1024];
   room[0] = std::byte{};
-  (*machine.thread)();
+  machine.thread(machine.call);
   room[0] = std::byte{};  // the room stays while the thread runs
 }
 
@@ -301,10 +302,11 @@ Block::Block(int index, int n_threads, std::size_t shared_bytes)
 
 Block::~Block() { machine.memories.remove(shared); }
 
-void run(const Grid& what, const std::function<void()>& thread) {
+void run(const Grid& what, void (*thread)(const void* call), const void* call) {
   grid = what;
   check_limits();
-  machine.thread = &thread;
+  machine.thread = thread;
+  machine.call = call;
   machine.flags.clear();
   for (auto& [memory, bytes] : machine.allocations) bytes.forget_accesses();
   machine.copies = static_cast<Copies>(machine.seed % 3);

@@ -1,5 +1,5 @@
-// Memory that notices writes beside it: what kernels see as shared and as device memory. Filled with
-// NaNs at first, and with another NaN in front of it and behind it. Knows nothing of kernels.
+// Memory that notices writes beside it: what kernels see as shared and as device memory. It holds
+// NaNs at first, and another NaN in front of it and behind it. Knows nothing of kernels.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +20,8 @@ class GuardedBytes {
  public:
   static constexpr std::size_t kAlign = 1024;  // what launch.cuh promises of shared memory
 
-  // `name` tells in messages what it is: "shared memory". Of `guard` bytes, a multiple of kAlign, are
-  // the guards on either side; the one behind may have some more.
+  // `name` tells in messages what it is: "shared memory". The guards on either side have `guard`
+  // bytes, a multiple of kAlign; the one behind may have some more.
   GuardedBytes(std::string name, std::size_t bytes, std::size_t guard)
       : name_(std::move(name)), bytes_(bytes), guard_(guard) {
     end_ = (bytes + 2 * guard + kAlign - 1) / kAlign * kAlign;

@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <source_location>
 #include <string>
@@ -79,8 +78,10 @@ struct Fiber {
   History history;  // kept while accesses are reported
 };
 
-// What the last thread to come does for all: lanes[i] is what lane i brought.
+// What the last thread to come does for all: lanes[i] is what lane i brought. Acts are UNWATCHED,
+// since they would report as that thread's what they do for the others.
 using Act = void (*)(void* const* lanes);
+#define UNWATCHED __attribute__((no_sanitize("thread")))
 
 // Threads that wait for one another: a block's or a warp's. They are neighbours in memory.
 struct Circle {
@@ -123,9 +124,9 @@ extern Grid grid;
 // Whether kernels were compiled to report their accesses (see emulated_build.py), to be checked.
 extern bool watched;
 
-// Runs all threads of a grid to their end. Throws Error when one of them does, when no thread can go
-// on, and when memory was written that is nobody's.
-void run(const Grid& grid, const std::function<void()>& thread);
+// Runs thread(call) in all threads of a grid, to their end. Throws Error when one of them does,
+// when no thread can go on, and when memory was written that is nobody's.
+void run(const Grid& grid, void (*thread)(const void* call), const void* call);
 
 // Waits until all threads of the warp (or of the block) that did not end are here. With an act, all
 // 32 have to come. Lanes of one warp must come to the same place.
@@ -140,8 +141,7 @@ unsigned load(const unsigned* flag, const Where& where);
 void fence();
 
 // An access to memory by compiled code at `code`; checked before it happens.
-void report(const void* pointer, std::size_t n_bytes, bool writes, std::size_t align,
-            const void* code);
+void report(const void* pointer, std::size_t n_bytes, bool writes, const void* code);
 
 // Where the code is that this was called from.
 __attribute__((noinline)) inline const void* code_here() { return __builtin_return_address(0); }
@@ -170,8 +170,8 @@ int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
 // What tests call; functions that return int return 1 after an error, which emulated_error() tells.
 extern "C" {
 const char* emulated_error();
-// 0: threads and blocks in order. Otherwise another order for each seed. Copies are executed as late
-// as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
+// 0: threads and blocks in order. Otherwise another order for each seed. Copies are executed as
+// late as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
 void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
 void* device_alloc(std::size_t bytes);

@@ -157,8 +157,8 @@ __global__ void tell_address(const __grid_constant__ Numbers numbers, int* y) {
 
 // ---- copies ----
 
-// Two copies to 32 bytes of each thread, one after the other. y: [thread][32] bytes before either is
-// waited for, then [thread][32] after the first was waited for, then after both.
+// Two copies to 32 bytes of each thread, one after the other. y: [thread][32] bytes before either
+// is waited for, then [thread][32] after the first was waited for, then after both.
 __global__ void copy_and_look(const std::uint8_t* x, std::uint8_t* y, int n_bytes) {
   std::uint8_t* mine = reinterpret_cast<std::uint8_t*>(shared_memory()) + thread_index() * 32;
   const auto look = [&](int time) {
@@ -251,6 +251,16 @@ __global__ void read_at(const std::byte* x, int offset, float* y) {
 }
 __global__ void read_four_at(const std::byte* x, int offset, float4* y) {
   *y = *reinterpret_cast<const float4*>(x + offset);
+}
+
+__global__ void undefined(int kind, int value, int* y) {
+  const int four[4] = {value, 1, 2, 3};
+  if (kind == 0) *y = four[value];
+  if (kind == 1) *y = 1 << value;
+  if (kind == 2) *y = value + 1;
+  if (kind == 3) *y = value * value;
+  if (kind == 4) *y = 1 / value;
+  if (kind == 5) *y = static_cast<int>(4.0f * static_cast<float>(value));
 }
 
 template <bool kSync>
@@ -392,6 +402,9 @@ int test_read_at(const std::byte* x, int offset, float* y) {
 }
 int test_read_four_at(const std::byte* x, int offset, float4* y) {
   return caught([&] { launch("read_four_at", read_four_at, {.threads = 1}, x, offset, y); });
+}
+int test_undefined(int kind, int value, int* y) {
+  return caught([&] { launch("undefined", undefined, {.threads = 1}, kind, value, y); });
 }
 int test_neighbour(int sync, int* y) {
   return caught([&] {

@@ -1,5 +1,5 @@
-// The twin of cuda/device/launch.cuh on the CPU: the same names, with threads as fibers (machine.h).
-// It also gives the words of CUDA's language that kernels use a meaning, mostly none.
+// The twin of cuda/device/launch.cuh on the CPU: the same names, where threads are fibers
+// (machine.h). It also gives the words of CUDA that kernels use a meaning, mostly none.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "base/error.h"
 #include "machine.h"
@@ -93,7 +94,7 @@ T exchange(const char* what, T value, int from, const Where& where) {
     T value;
     int from;
   } mine{value, from};
-  meet_warp(what, where, &mine, [](void* const* lanes) {
+  meet_warp(what, where, &mine, [](void* const* lanes) UNWATCHED {
     T values[kLanes];
     for (int i = 0; i < kLanes; ++i) values[i] = static_cast<Brought*>(lanes[i])->value;
     for (int i = 0; i < kLanes; ++i) {
@@ -138,13 +139,32 @@ struct Launch {
   bool together = false;
 };
 
-// Runs the kernel to its end. Every thread gets copies of the arguments, as on the GPU.
+namespace emulated {
+
+// A kernel and its arguments, of which every thread gets copies.
+template <typename... Parameters>
+struct Call {
+  void (*kernel)(Parameters...);
+  std::tuple<Parameters...> arguments;
+
+  UNWATCHED static void run(const void* call) {
+    run(*static_cast<const Call*>(call), std::index_sequence_for<Parameters...>{});
+  }
+  template <std::size_t... i>
+  UNWATCHED static void run(const Call& call, std::index_sequence<i...>) {
+    call.kernel(std::get<i>(call.arguments)...);
+  }
+};
+
+}  // namespace emulated
+
+// Runs the kernel to its end.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
             Arguments&&... arguments) {
-  const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
-  emulated::run({what, how.blocks, how.threads, how.shared_bytes, how.together},
-                [&] { std::apply(kernel, held); });
+  using Call = emulated::Call<Parameters...>;
+  const Call call{kernel, {static_cast<Parameters>(arguments)...}};
+  emulated::run({what, how.blocks, how.threads, how.shared_bytes, how.together}, Call::run, &call);
 }
 
 }  // namespace camelid::cuda

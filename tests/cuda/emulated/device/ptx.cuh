@@ -56,7 +56,7 @@ struct Mma {
 };
 
 // c[16 x 8] += a[16 x 16] b[16 x 8]. Products of bf16 are exact in float32.
-inline void multiply(void* const* lanes) {
+UNWATCHED inline void multiply(void* const* lanes) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const Mma& mine = *static_cast<const Mma*>(lanes[lane]);
@@ -95,7 +95,7 @@ struct MatrixRow {
 };
 
 // Each lane reads its own row, wherever the values go.
-__attribute__((no_sanitize("thread"))) inline void load_rows(void* const* lanes) {
+UNWATCHED inline void load_rows(void* const* lanes) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const MatrixRow& mine = *static_cast<const MatrixRow*>(lanes[lane]);
     for (int m = 0; m < 4; ++m) {
@@ -110,7 +110,7 @@ __attribute__((no_sanitize("thread"))) inline void load_rows(void* const* lanes)
 inline void load_matrices(std::uint32_t (&r)[4], const void* row,
                           emulated::Where where = emulated::Where::current()) {
   emulated::check_shared("load_matrices", row, 16, where);
-  if (emulated::watched) emulated::report(row, 16, false, 16, emulated::code_here());
+  if (emulated::watched) emulated::report(row, 16, false, emulated::code_here());
   emulated::MatrixRow mine{row, r};
   emulated::meet_warp("load_matrices", where, &mine, emulated::load_rows);
 }
