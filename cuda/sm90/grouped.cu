@@ -242,7 +242,7 @@ __device__ __forceinline__ void add_scaled(float (&total)[kValues],
 template <Bits kBits, Scales kScales, int kColumns>
 __device__ __forceinline__ void multiply_chunk(float (&total)[kColumns / 2], Rows rows,
                                                const std::byte* weights, const std::byte* scales) {
-  constexpr int kInFlight = 3;
+  constexpr int kInFlight = kScales == Scales::kBf16 ? 3 : 2;
   constexpr bool kZeros = kScales == Scales::kPairs;
   // Groups may be as small as 32 inputs; larger ones are added in pieces too.
   constexpr int kScaleSteps = kZeros ? 2 : kChunkSteps;
