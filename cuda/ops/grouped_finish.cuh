@@ -15,6 +15,7 @@ namespace camelid::cuda {
 struct VisitRows {
   std::int64_t at[kTileTokens];  // where its row of y starts, in values; kNoRow: no such visit
   float factor[kTileTokens];
+  std::int32_t n;               // how many visits there are
   std::int32_t first_row_tile;  // of the job; here because registers are short
 };
 constexpr std::int64_t kNoRow = -1;
@@ -40,7 +41,7 @@ __device__ inline int column_of(int first_column, int j) {
 template <int kValues>
 __device__ inline void finish_f32(const GroupedProduct& p, const VisitRows& visits,
                                   int first_column, int row_tile, const float (&d)[kValues]) {
-  constexpr int kAtOnce = 8;  // 4 j of loads in flight: registers that sums leave free
+  constexpr int kAtOnce = kValues / 4 < 16 ? kValues / 4 : 16;  // loads in flight: 4 for each j
   const int row = row_tile * kTileRows + thread_index() % kWarp / 4;
   const bool has[2] = {row < p.shape.rows, row + 8 < p.shape.rows};
   float* y = static_cast<float*>(p.y) + row;

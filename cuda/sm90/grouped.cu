@@ -62,7 +62,8 @@ constexpr int kTokensBytes = kTileTokens * kRowBytes;  // of 64 inputs
 constexpr int kChunkSteps = kChunkInputs / kStepInputs;
 constexpr int kMostShared = 227 * 1024;
 
-// How a slot lies in shared memory, and how many there are.
+// What lies where in shared memory: the ring, and what consumers need to know of two jobs, since the
+// producer is ahead of them.
 template <Bits kBits, Scales kScales>
 struct Ring {
   // Pairs as if each had 32 inputs, the smallest group, whatever memory has.
@@ -73,20 +74,44 @@ struct Ring {
   static constexpr int kScalesAt = kWeights + kChunkTiles * kKTileBytes;
   static constexpr int kSlotBytes =
       divide_up(kScalesAt + kBlockTiles * kTileScaleBytes, 1024) * 1024;
-  static constexpr int kRest = static_cast<int>(kConsumers * sizeof(VisitRows)) + 4 * 2 * 8;
+  static constexpr int kJobs = 2;
+  static constexpr int kRest = kJobs * static_cast<int>(sizeof(VisitRows)) + 2 * (4 + kJobs) * 8;
   static constexpr int kSlots = std::min((kMostShared - kRest) / kSlotBytes, 4);
   static constexpr int kVisits = kSlots * kSlotBytes;
-  static constexpr int kBarriers = kVisits + static_cast<int>(kConsumers * sizeof(VisitRows));
-  static constexpr int kBytes = kBarriers + kSlots * 2 * 8;
+  static constexpr int kBarriers = kVisits + kJobs * static_cast<int>(sizeof(VisitRows));
+  static constexpr int kBytes = kBarriers + 2 * (kSlots + kJobs) * 8;
   static_assert(kSlots >= 3);
+
+  __device__ static std::byte* slot(int i) { return shared_memory() + i * kSlotBytes; }
+  __device__ static VisitRows& job(int i) {
+    return reinterpret_cast<VisitRows*>(shared_memory() + kVisits)[i];
+  }
+  __device__ static Barrier* barrier(int i) {
+    return reinterpret_cast<Barrier*>(shared_memory() + kBarriers) + i;
+  }
+  __device__ static Barrier* full(int i) { return barrier(i); }            // all copies arrived
+  __device__ static Barrier* empty(int i) { return barrier(kSlots + i); }  // nobody reads it
+  __device__ static Barrier* found(int i) { return barrier(2 * kSlots + i); }
+  __device__ static Barrier* done(int i) { return barrier(2 * kSlots + kJobs + i); }
+
+  __device__ static void init() {
+    for (int i = 0; i < kSlots; ++i) {
+      init_barrier(full(i), kWarpgroup);                        // producer threads
+      init_barrier(empty(i), kConsumers * kWarpgroup / kWarp);  // consumer warps
+    }
+    for (int i = 0; i < kJobs; ++i) {
+      init_barrier(found(i), kWarpgroup);
+      init_barrier(done(i), kConsumers * kWarpgroup / kWarp);
+    }
+  }
 };
 
-// How far a thread is in the ring: one number, since registers are short.
-template <int kSlots>
+// How far a thread is in a ring of kPlaces: one number, since registers are short.
+template <int kPlaces>
 struct Turn {
   unsigned count = 0;
-  __device__ int slot() const { return static_cast<int>(count % kSlots); }
-  __device__ unsigned parity() const { return count / kSlots & 1; }  // of the slot's phase
+  __device__ int place() const { return static_cast<int>(count % kPlaces); }
+  __device__ unsigned parity() const { return count / kPlaces & 1; }  // of the place's phase
 };
 
 // ---- kernel: the producer ----
@@ -167,36 +192,54 @@ __device__ void copy_weights(std::byte* slot, const TileShape& shape, const std:
                                static_cast<int>(shape.row_tile_scale_bytes()), n_tiles);
 }
 
+// Tells consumers of a job; no tokens: that there is none any more.
+__device__ inline void tell_job(VisitRows& visits, const GroupedProduct& p, const TokenTile& tile,
+                                int row_block) {
+  find_visit(visits, p, tile, thread_index());
+  if (thread_index() > 0) return;
+  visits.n = tile.n;
+  visits.first_row_tile = row_block * kBlockTiles;
+}
+
+template <Bits kBits, Scales kScales>
+__device__ void produce_job(const GroupedProduct& p, const TokenTile& tile, int row_block,
+                            Turn<Ring<kBits, kScales>::kSlots>& turn) {
+  using R = Ring<kBits, kScales>;
+  TokenCopies tokens;
+  tokens.find(p, tile);
+  const int first_tile = row_block * kBlockTiles;
+  const TilePointers w = p.groups[tile.group];
+  const std::byte* tiles = w.tiles + first_tile * p.shape.row_tile_bytes();
+  const std::byte* scales = w.scales + first_tile * p.shape.row_tile_scale_bytes();
+  for (int chunk = 0; chunk < p.shape.n_chunks(); ++chunk) {
+    wait_barrier(R::empty(turn.place()), turn.parity() ^ 1);
+    std::byte* slot = R::slot(turn.place());
+    copy_weights<kBits, kScales>(slot, p.shape, tiles, scales, p.shape.n_row_tiles() - first_tile);
+    tokens.start(slot, p, chunk);
+    arrive_when_copied(R::full(turn.place()));
+    tiles += kChunkTiles * tile_bytes(kBits);
+    scales += p.shape.chunk_scale_bytes();
+    ++turn.count;
+  }
+}
+
 template <Bits kBits, Scales kScales>
 __device__ void produce(const GroupedProduct& p) {
   using R = Ring<kBits, kScales>;
-  std::byte* shared = shared_memory();
-  Barrier* full = reinterpret_cast<Barrier*>(shared + R::kBarriers);
-  Barrier* empty = full + R::kSlots;
-  const int n_chunks = p.shape.n_chunks();
+  const int n_row_blocks = divide_up(p.shape.n_row_tiles(), kBlockTiles);
   Turn<R::kSlots> turn;
-  TokenTile tile;
-  int row_block;
-  for (int number = block_index();
-       find_job(p, number, divide_up(p.shape.n_row_tiles(), kBlockTiles), tile, row_block);
-       number += grid_size()) {
-    TokenCopies tokens;
-    tokens.find(p, tile);
-    const int first_tile = row_block * kBlockTiles;
-    const TilePointers w = p.groups[tile.group];
-    const std::byte* tiles = w.tiles + first_tile * p.shape.row_tile_bytes();
-    const std::byte* scales = w.scales + first_tile * p.shape.row_tile_scale_bytes();
-    for (int chunk = 0; chunk < n_chunks; ++chunk) {
-      wait_barrier(empty + turn.slot(), turn.parity() ^ 1);
-      std::byte* slot = shared + turn.slot() * R::kSlotBytes;
-      copy_weights<kBits, kScales>(slot, p.shape, tiles, scales,
-                                   p.shape.n_row_tiles() - first_tile);
-      tokens.start(slot, p, chunk);
-      arrive_when_copied(full + turn.slot());
-      tiles += kChunkTiles * tile_bytes(kBits);
-      scales += p.shape.chunk_scale_bytes();
-      ++turn.count;
-    }
+  Turn<R::kJobs> job;
+  bool is = true;
+  for (int number = block_index(); is; number += grid_size()) {
+    TokenTile tile;
+    int row_block = 0;
+    is = find_job(p, number, n_row_blocks, tile, row_block);
+    if (!is) tile.n = 0;
+    wait_barrier(R::done(job.place()), job.parity() ^ 1);
+    tell_job(R::job(job.place()), p, tile, row_block);
+    arrive(R::found(job.place()));
+    ++job.count;
+    if (is) produce_job<kBits, kScales>(p, tile, row_block, turn);
   }
 }
 
@@ -285,9 +328,6 @@ template <Bits kBits, Scales kScales, int kColumns>
 __device__ __forceinline__ void consume_job(const GroupedProduct& p, const VisitRows& visits,
                                             Turn<Ring<kBits, kScales>::kSlots>& turn) {
   using R = Ring<kBits, kScales>;
-  std::byte* shared = shared_memory();
-  Barrier* full = reinterpret_cast<Barrier*>(shared + R::kBarriers);
-  Barrier* empty = full + R::kSlots;
   const int consumer = thread_index() / kWarpgroup - 1;
   const int warp = thread_index() % kWarpgroup / kWarp;
   const int my_tile = consumer * kSubtiles * kSubtileTiles + warp;  // of the block; of subtile 0
@@ -299,20 +339,19 @@ __device__ __forceinline__ void consume_job(const GroupedProduct& p, const Visit
     sums[1][i] = 0.0f;
   }
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
-    const std::byte* slot = shared + turn.slot() * R::kSlotBytes;
-    const Rows rows = describe_rows(slot);
+    const std::byte* slot = R::slot(turn.place());
     const std::byte* weights = slot + R::kWeights + my_tile * tile_bytes(kBits);
     const std::byte* scales = slot + R::kScalesAt + my_tile * R::kTileScaleBytes;
-    wait_barrier(full + turn.slot(), turn.parity());
+    wait_barrier(R::full(turn.place()), turn.parity());
     show_to_products();  // what copies wrote
 #pragma unroll
     for (int s = 0; s < kSubtiles; ++s) {
-      multiply_chunk<kBits, kScales, kColumns>(sums[s], rows,
+      multiply_chunk<kBits, kScales, kColumns>(sums[s], describe_rows(slot),
                                                weights + s * kSubtileTiles * tile_bytes(kBits),
                                                scales + s * kSubtileTiles * R::kTileScaleBytes);
     }
     sync_warp();
-    if (thread_index() % kWarp == 0) arrive(empty + turn.slot());
+    if (thread_index() % kWarp == 0) arrive(R::empty(turn.place()));
     ++turn.count;
   }
 #pragma unroll
@@ -324,23 +363,18 @@ __device__ __forceinline__ void consume_job(const GroupedProduct& p, const Visit
 template <Bits kBits, Scales kScales>
 __device__ void consume(const GroupedProduct& p) {
   using R = Ring<kBits, kScales>;
-  const int consumer = thread_index() / kWarpgroup - 1;
-  VisitRows& visits = reinterpret_cast<VisitRows*>(shared_memory() + R::kVisits)[consumer];
   Turn<R::kSlots> turn;
-  TokenTile tile;
-  int row_block;
-  for (int number = block_index();
-       find_job(p, number, divide_up(p.shape.n_row_tiles(), kBlockTiles), tile, row_block);
-       number += grid_size()) {
-    sync_some(1 + consumer, kWarpgroup);  // nobody reads the last job's visits any more
-    find_visit(visits, p, tile, thread_index() % kWarpgroup);
-    visits.first_row_tile = row_block * kBlockTiles;
-    sync_some(1 + consumer, kWarpgroup);
-    if (tile.n <= kTileTokens / 2) {
+  for (Turn<R::kJobs> job;; ++job.count) {
+    const VisitRows& visits = R::job(job.place());
+    wait_barrier(R::found(job.place()), job.parity());
+    if (visits.n == 0) return;
+    if (visits.n <= kTileTokens / 2) {
       consume_job<kBits, kScales, kTileTokens / 2>(p, visits, turn);
     } else {
       consume_job<kBits, kScales, kTileTokens>(p, visits, turn);
     }
+    sync_warp();
+    if (thread_index() % kWarp == 0) arrive(R::done(job.place()));
   }
 }
 
@@ -349,14 +383,7 @@ __device__ void consume(const GroupedProduct& p) {
 template <Bits kBits, Scales kScales>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_many_kernel(const __grid_constant__ GroupedProduct p) {
-  using R = Ring<kBits, kScales>;
-  Barrier* full = reinterpret_cast<Barrier*>(shared_memory() + R::kBarriers);
-  if (thread_index() == 0) {
-    for (int i = 0; i < R::kSlots; ++i) {
-      init_barrier(full + i, kWarpgroup);  // each producer's copies
-      init_barrier(full + R::kSlots + i, kConsumers * kWarpgroup / kWarp);  // each consumer warp
-    }
-  }
+  if (thread_index() == 0) Ring<kBits, kScales>::init();
   sync_block();
   if (thread_index() < kWarpgroup) {
     give_registers<kProducerRegisters>();
