@@ -36,7 +36,7 @@
 // Issue slots of a scheduler (2 consumer warps, 1 producer), per 128 inputs = 2048 cycles:
 //   expand 2 warps x 64 words of a x 2.75 = 352; scale 2 x 128 = 256; wgmma, waits, loads < 150;
 //   producer < 60: together 40 %, so that products are what is waited for. (ptxas 13.0: the loop
-//   has 400 instructions for 16 products; no spills, 232 registers.)
+//   has 400 instructions for 16 products; no spills, 223 registers.)
 // A warpgroup pauses about 200 cycles for each 512 of products; the other's 512 cover that.
 
 #include "sm90/grouped.h"
@@ -62,8 +62,8 @@ constexpr int kTokensBytes = kTileTokens * kRowBytes;  // of 64 inputs
 constexpr int kChunkSteps = kChunkInputs / kStepInputs;
 constexpr int kMostShared = 227 * 1024;
 
-// What lies where in shared memory: the ring, and what consumers need to know of two jobs, since the
-// producer is ahead of them.
+// What lies where in shared memory: the ring, and what consumers need to know of two jobs, since
+// the producer is ahead of them.
 template <Bits kBits, Scales kScales>
 struct Ring {
   // Pairs as if each had 32 inputs, the smallest group, whatever memory has.

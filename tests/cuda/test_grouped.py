@@ -206,3 +206,16 @@ def test_what_cannot_be_is_refused(hopper: bool) -> None:
         run_product(w, make_x(rng, 1, 128, 132), y, hopper=hopper, n_visits=1)
     with pytest.raises(EmulatorError, match="SwiGLU"):
         run_product(w, make_x(rng, 1, 128, 128), y, hopper=hopper, n_visits=1, output=SWIGLU)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ring_goes_round_many_times(bits: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts, rows, inputs = [129, 64, 0, 10], 520, 1160
+    w = make_weights(rng, n_experts=4, rows=rows, inputs=inputs, bits=bits)
+    x = make_x(rng, sum(counts), inputs, inputs)
+    y = np.full((sum(counts), rows), POISON)
+    run_product(w, x, y, hopper=True, tiles=list_tiles(counts), multiprocessors=1, seed=seed)
+    expected, size = product(w, x, np.repeat(np.arange(4), counts))
+    assert_close(y, expected, size, EXACT)
