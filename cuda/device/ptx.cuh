@@ -9,28 +9,49 @@
 
 namespace camelid::cuda {
 
+// Shared memory by its own addresses, 32 bits wide: half the registers and sums of a pointer.
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+__device__ inline void load_shared(uint4& value, unsigned from) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from)
+               : "memory");
+}
+__device__ inline void load_shared(float2& value, unsigned from) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];\n"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(from)
+               : "memory");
+}
+__device__ inline void load_shared(std::uint16_t& value, unsigned from) {
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(value) : "r"(from) : "memory");
 }
 
 // ---- copies from global to shared memory, in flight until they are waited for ----
 
 // Copies 16 bytes, those from `n_bytes` on as zeros. Both addresses are multiples of 16; the source
 // is not read where n_bytes is 0. Past L1, since other blocks may have written it.
-__device__ inline void copy_async(void* shared, const void* global, int n_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(n_bytes)
+__device__ inline void copy_async(unsigned shared, const void* global, int n_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(n_bytes)
                : "memory");
+}
+__device__ inline void copy_async(void* shared, const void* global, int n_bytes) {
+  copy_async(shared_address(shared), global, n_bytes);
 }
 
 // Of 16 bytes that nobody reads a second time: L2 gives them up first.
-__device__ inline void copy_async_once(void* shared, const void* global) {
+__device__ inline void copy_async_once(unsigned shared, const void* global) {
   std::uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(
-                   shared_address(shared)),
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(shared),
                "l"(global), "l"(policy)
                : "memory");
+}
+__device__ inline void copy_async_once(void* shared, const void* global) {
+  copy_async_once(shared_address(shared), global);
 }
 
 // Closes the group of this thread's copies since the last call; an empty group counts too.
@@ -49,8 +70,7 @@ __device__ inline void wait_copies() {
 // of column g; c row g and row g + 8 at columns 2t, 2t + 1.
 __device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                 std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -59,11 +79,14 @@ __device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std:
 // Loads four 8 x 8 matrices of 16-bit values from shared memory, by a warp: lane l supplies the
 // address of row l % 8 of matrix l / 8 (16 bytes, aligned), and r[m] of lane l becomes the pair at
 // columns 2 (l % 4).. of row l / 4 of matrix m.
-__device__ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices(std::uint32_t (&r)[4], unsigned row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
+  load_matrices(r, shared_address(row));
 }
 
 // a - b of two bf16 pairs.

@@ -58,33 +58,39 @@ struct StreamShape {
   static constexpr Scales kScales = kScalesOf;
   static constexpr int kTokenTiles = kTokenTilesOf;
   static constexpr int kTokens = kTokenTiles * kTokenTile;
-  static constexpr int kWarpBytes = kChunkTiles * tile_bytes(kBits);
-  static constexpr int kWarpScaleBytes =  // room for the most entries there can be
+  // Chunks that one turn of the loop multiplies, where so many are left of a row block: with few
+  // tokens and the smallest weights its other instructions would outweigh its products.
+  static constexpr int kStep =
+      kTokens <= 16 && kBits == Bits::k4 && kScales == Scales::kBf16 ? 2 : 1;
+  static constexpr int kChunkBytes = kChunkTiles * tile_bytes(kBits);  // of a warp's rows
+  static constexpr int kMostScaleBytes =  // of a chunk: room for the most entries there can be
       kTileRows * scale_bytes(kScales) * (kScales == Scales::kBf16 ? 1 : 4);
-  static constexpr int kTokenBytes = kChunkInputs * 2;
-  static constexpr int kScalesAt = kStreamWarps * kWarpBytes;
-  static constexpr int kTokensAt = kScalesAt + kStreamWarps * kWarpScaleBytes;
+  static constexpr int kTokenBytes = kStep * kChunkInputs * 2;
+  static constexpr int kScalesAt = kStreamWarps * kStep * kChunkBytes;
+  static constexpr int kTokensAt = kScalesAt + kStreamWarps * kStep * kMostScaleBytes;
   static constexpr int kSlotBytes = kTokensAt + kTokens * kTokenBytes;
   static constexpr int kBlocks = kTokens < 64 ? 2 : 1;  // on a multiprocessor
   static constexpr int kSlots = (kTokens < 64 ? kRingBytes : kRingBytesOf64) / kSlotBytes;
   static_assert(kSlots >= 3, "fewer slots hide nothing");
+  static_assert(kTokensAt % 256 == 0 && kSlotBytes % 256 == 0, "multiply_chunk flips address bits");
   static constexpr int kBytes = kSlots * kSlotBytes;
 };
 
 // Where the ring begins, behind what a kernel keeps in shared memory.
 template <class Header>
-constexpr std::size_t kStreamHeaderBytes = (sizeof(Header) + 127) / 128 * 128;
+constexpr std::size_t kStreamHeaderBytes = (sizeof(Header) + 255) / 256 * 256;
 
 // The block's shared memory begins with a Header that has List lists[] and unsigned flag; the ring
 // of Shape::kBytes follows.
 //
 // Instructions are what this loop runs short of: at the speed of HBM an SM has 1772 issue slots for
-// the units of its 8 warps, and turning integers into bf16 takes half of them. So whatever stays the
-// same along a row block is found once for it, by next_segment().
+// the units of its 8 warps, and turning integers into bf16 takes half of them. So whatever stays
+// the same along a row block is found once for it, by next_segment().
 template <class Shape, class Header>
 class Stream {
  public:
-  __device__ explicit Stream(const Parts& parts) : parts_(parts) {}
+  __device__ explicit Stream(const Parts& parts)
+      : parts_(parts), ring_(shared_address(shared_memory() + kStreamHeaderBytes<Header>)) {}
 
   // Starts to copy the weights of the first units of the lists before `known`.
   __device__ void prefetch(int known) {
@@ -121,7 +127,10 @@ class Stream {
       if (n_ahead_ < Shape::kSlots && find_weights(known)) load_weights();
       if (find_tokens(end)) load_tokens();
       commit_copies();
-      if (n_tiles > 0) multiply_chunk(sums, slot_at(now_), n_tiles, list_at(now_).shape.entries);
+      if (n_tiles > 0) {
+        multiply_chunk<0>(sums, n_tiles);
+        if (Shape::kStep > 1 && now_.left > 1) multiply_chunk<Shape::kStep - 1>(sums, n_tiles);
+      }
       --n_ahead_;
       step(now_);
       if (now_.left == 0 && complete(sums)) write(sums);
@@ -135,14 +144,15 @@ class Stream {
       divide_up(Shape::kTokens * Shape::kTokenBytes / 16, kStreamThreads);
   static constexpr int kTokenPieces = Shape::kTokenBytes / 16;
 
-  // A place in the units of all lists. Its segment: the units of one row block that are this block's.
+  // A place in the units of all lists. Its segment: the units of one row block that are this
+  // block's.
   struct Cursor {
     int list = -1;
     int unit = 0;  // of the list, behind the segment
     int task = 0, row_block = 0;
     int chunk = 0;  // the segment's first
     int left = 0;   // units of the segment
-    int slot = 0;   // of the ring, in bytes
+    int slot = 0;   // of the ring, in bytes; each holds up to kStep units
   };
 
   // Goes to the next segment of the lists before `end`, where there is one.
@@ -164,8 +174,9 @@ class Stream {
     return true;
   }
 
+  // Past what one turn of the loop takes.
   __device__ static void step(Cursor& cursor) {
-    --cursor.left;
+    cursor.left = cursor.left > Shape::kStep ? cursor.left - Shape::kStep : 0;
     cursor.slot += Shape::kSlotBytes;
     if (cursor.slot == Shape::kBytes) cursor.slot = 0;
   }
@@ -174,8 +185,8 @@ class Stream {
   __device__ static const List& list_at(const Cursor& cursor) {
     return header().lists[cursor.list];
   }
-  __device__ static std::byte* slot_at(const Cursor& cursor) {
-    return shared_memory() + kStreamHeaderBytes<Header> + cursor.slot;
+  __device__ unsigned slot_at(const Cursor& cursor) const {
+    return ring_ + static_cast<unsigned>(cursor.slot);
   }
   __device__ static int first_token(const Cursor& cursor) {
     return list_at(cursor).starts[cursor.task];
@@ -196,7 +207,7 @@ class Stream {
     const int row_tile = weights_.row_block * kStreamWarps + warp();
     scale_step_ = list.shape.chunk_scale_bytes();
     tiles_ = at.tiles + row_tile * list.shape.row_tile_bytes() +
-             std::int64_t{weights_.chunk} * Shape::kWarpBytes + lane() * 16;
+             std::int64_t{weights_.chunk} * Shape::kChunkBytes + lane() * 16;
     scales_ = at.scales + row_tile * list.shape.row_tile_scale_bytes() +
               std::int64_t{weights_.chunk} * scale_step_ + lane() * 16;
     if (row_tile >= list.shape.n_row_tiles()) tiles_ = nullptr;
@@ -205,17 +216,27 @@ class Stream {
 
   __device__ void load_weights() {
     if (tiles_ != nullptr) {
-      std::byte* to = slot_at(weights_) + warp() * Shape::kWarpBytes + lane() * 16;
+      constexpr int kWarpBytes = Shape::kStep * Shape::kChunkBytes;
+      const unsigned offset = static_cast<unsigned>(lane()) * 16;
+      const unsigned to = slot_at(weights_) + warp() * kWarpBytes + offset;
+      // Of the last units of a segment, what lies behind them belongs to others and stays there.
+      const int chunks = weights_.left < Shape::kStep ? weights_.left : Shape::kStep;
 #pragma unroll
-      for (int i = 0; i < Shape::kWarpBytes / (kWarp * 16); ++i) {
-        copy_async_once(to + i * kWarp * 16, tiles_ + i * kWarp * 16);
+      for (int i = 0; i < kWarpBytes / (kWarp * 16); ++i) {
+        if (i * kWarp * 16 < Shape::kChunkBytes || chunks > 1) {
+          copy_async_once(to + i * kWarp * 16, tiles_ + i * kWarp * 16);
+        }
       }
-      tiles_ += Shape::kWarpBytes;
-      if (lane() * 16 < scale_step_) {
-        std::byte* scales = slot_at(weights_) + Shape::kScalesAt;
-        copy_async_once(scales + warp() * Shape::kWarpScaleBytes + lane() * 16, scales_);
+      tiles_ += kWarpBytes;
+      const unsigned scales = slot_at(weights_) + Shape::kScalesAt +
+                              warp() * Shape::kStep * Shape::kMostScaleBytes + offset;
+#pragma unroll
+      for (int i = 0; i < divide_up(Shape::kStep * Shape::kMostScaleBytes, kWarp * 16); ++i) {
+        if (lane() * 16 + i * kWarp * 16 < chunks * scale_step_) {
+          copy_async_once(scales + i * kWarp * 16, scales_ + i * kWarp * 16);
+        }
       }
-      scales_ += scale_step_;
+      scales_ += Shape::kStep * scale_step_;
     }
     ++n_ahead_;
     step(weights_);
@@ -247,54 +268,74 @@ class Stream {
       if (from_[i] >= 0) {
         const int token = (thread_index() + i * kStreamThreads) / kTokenPieces;
         const int place = place_of(token, thread_index() % kTokenPieces);
-        std::byte* to = slot_at(tokens_) + Shape::kTokensAt + token * Shape::kTokenBytes;
-        copy_async(to + place * 16, bytes == 0 ? x_ : x_ + from_[i], bytes);
-        from_[i] += kChunkInputs;
+        copy_async(slot_at(tokens_) + Shape::kTokensAt + token * Shape::kTokenBytes + place * 16,
+                   bytes == 0 ? x_ : x_ + from_[i], bytes);
+        from_[i] += Shape::kStep * kChunkInputs;
       }
     }
-    left_ -= kChunkInputs;
+    left_ -= Shape::kStep * kChunkInputs;
     step(tokens_);
   }
 
   // Where a token's piece of 8 inputs lies, so that load_matrices meets all banks.
   __device__ static int place_of(int token, int piece) { return piece ^ (token % 8); }
 
-  __device__ void multiply_chunk(Sums& sums, const std::byte* slot, int n_tiles, int entries) {
-    const int lane = this->lane();
-    const std::byte* words = slot + warp() * Shape::kWarpBytes + lane * 16;
-    const std::byte* scales = slot + Shape::kScalesAt + warp() * Shape::kWarpScaleBytes;
+  // Adds a chunk of the slot to the sums.
+  template <int kChunk>
+  __device__ void multiply_chunk(Sums& sums, int n_tiles) {
+    const unsigned slot = slot_at(now_);
+    const unsigned words =
+        slot + (warp() * Shape::kStep + kChunk) * Shape::kChunkBytes + lane() * 16;
+    // Row l % 8 of matrix l / 8 of the first token tile and pair of steps; others differ in one
+    // bit.
+    const unsigned tokens = slot + Shape::kTokensAt + lane() % 8 * Shape::kTokenBytes +
+                            place_of(lane(), lane() / 8) * 16;
     float part[Shape::kTokenTiles][4] = {};
     float2 low = {1.0f, 0.0f}, high = low;  // scale and zero point of rows g and g + 8
+    uint4 loaded;                           // int4: four k16 steps; int8: two
 #pragma unroll
     for (int pair = 0; pair < kChunkInputs / 32; ++pair) {  // of k16 steps
-      if constexpr (Shape::kScales == Scales::kPairs) {
-        const auto* entry = reinterpret_cast<const float2*>(scales) +
-                            pair * entries / (kChunkInputs / 32) * kTileRows;
-        low = entry[lane / 4];
-        high = entry[lane / 4 + 8];
+      if constexpr (Shape::kScales == Scales::kPairs) load_pairs(low, high, kChunk, pair);
+      if (Shape::kBits == Bits::k8 || pair % 2 == 0) {
+        load_shared(loaded, words + (Shape::kBits == Bits::k8 ? pair : pair / 2) * 512);
       }
       std::uint32_t a[2][4];
-      unpack(a, words, pair, low.y, high.y);
+      unpack(a, loaded, pair, low.y, high.y);
 #pragma unroll
       for (int i = 0; i < Shape::kTokenTiles; ++i) {
         if (i >= n_tiles) break;
-        const int token = i * kTokenTile + lane % 8;
-        const std::byte* row = slot + Shape::kTokensAt + token * Shape::kTokenBytes;
         std::uint32_t b[4];
-        load_matrices(b, row + place_of(token, pair * 4 + lane / 8) * 16);
+        load_matrices(b, (tokens ^ (pair * 64)) + kChunk * kChunkInputs * 2 +
+                             i * kTokenTile * Shape::kTokenBytes);
         mma_bf16(part[i], a[0], b[0], b[1]);
         mma_bf16(part[i], a[1], b[2], b[3]);
       }
       if constexpr (Shape::kScales == Scales::kPairs) add_scaled(sums, part, low.x, high.x);
     }
     if constexpr (Shape::kScales == Scales::kBf16) {
-      const auto* rows = reinterpret_cast<const std::uint16_t*>(scales);
-      add_scaled(sums, part, low_bf16(rows[lane / 4]), low_bf16(rows[lane / 4 + 8]));
+      const unsigned scales = slot + Shape::kScalesAt +
+                              (warp() * Shape::kStep + kChunk) * Shape::kMostScaleBytes +
+                              lane() / 4 * 2;
+      std::uint16_t first, second;
+      load_shared(first, scales);
+      load_shared(second, scales + 8 * 2);
+      add_scaled(sums, part, low_bf16(first), low_bf16(second));
     }
   }
 
+  // Scales and zero points of rows g and g + 8 for a pair of k16 steps.
+  __device__ void load_pairs(float2& low, float2& high, int chunk, int pair) const {
+    const int entries = list_at(now_).shape.entries;
+    const int entry = chunk * entries + pair * entries / (kChunkInputs / 32);
+    const unsigned at = slot_at(now_) + Shape::kScalesAt +
+                        warp() * Shape::kStep * Shape::kMostScaleBytes +
+                        (entry * kTileRows + lane() / 4) * 8;
+    load_shared(low, at);
+    load_shared(high, at + 8 * 8);
+  }
+
   // The fragments of two k16 steps.
-  __device__ static void unpack(std::uint32_t (&a)[2][4], const std::byte* words, int pair,
+  __device__ static void unpack(std::uint32_t (&a)[2][4], const uint4& words, int pair,
                                 float zero_low, float zero_high) {
     if constexpr (Shape::kBits == Bits::k4) {
       std::uint32_t offset_low = 0x43084308u, offset_high = offset_low;  // 136
@@ -302,21 +343,20 @@ class Stream {
         offset_low = both_bf16(136.0f + zero_low);
         offset_high = both_bf16(136.0f + zero_high);
       }
-      const auto two = *reinterpret_cast<const uint2*>(words + pair / 2 * 512 + pair % 2 * 8);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const std::uint32_t word = step == 0 ? two.x : two.y;
+        const std::uint32_t word =
+            pair % 2 == 0 ? (step == 0 ? words.x : words.y) : (step == 0 ? words.z : words.w);
         a[step][0] = from_int4<0>(word, offset_low);
         a[step][1] = from_int4<1>(word, offset_high);
         a[step][2] = from_int4<2>(word, offset_low);
         a[step][3] = from_int4<3>(word, offset_high);
       }
     } else {
-      const auto four = *reinterpret_cast<const uint4*>(words + pair * 512);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const std::uint32_t first = step == 0 ? four.x : four.z;
-        const std::uint32_t second = step == 0 ? four.y : four.w;
+        const std::uint32_t first = step == 0 ? words.x : words.z;
+        const std::uint32_t second = step == 0 ? words.y : words.w;
         a[step][0] = from_int8<0>(first);
         a[step][1] = from_int8<1>(first);
         a[step][2] = from_int8<2>(second);
@@ -405,6 +445,7 @@ class Stream {
   }
 
   Parts parts_;
+  unsigned ring_;  // an address of shared memory
   Cursor weights_, tokens_, now_;
   int n_ahead_ = 0;                   // units whose weights were asked for and that are not done
   const std::byte* tiles_ = nullptr;  // this lane's part of the next unit's; null past the last row

@@ -448,14 +448,14 @@ namespace camelid::cuda::emulated {
 
 namespace {
 
-void check_multiple_of_16(const char* what, const void* pointer, const Where& where) {
-  if (reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0) return;
-  fail_here(where, cat(what, " of an address that is no multiple of 16"));
+void check_multiple(const char* what, const void* pointer, std::size_t of, const Where& where) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % of == 0) return;
+  fail_here(where, cat(what, " of an address that is no multiple of ", of));
 }
 
 // Only memory of device_alloc() is known; others' may be anything.
 void check_source(const void* global, int n_bytes, const Where& where) {
-  check_multiple_of_16("copy_async", global, where);
+  check_multiple("copy_async", global, 16, where);
   const GuardedBytes* memory = machine.memories.find(global);
   if (memory && !memory->holds(global, static_cast<std::size_t>(n_bytes))) {
     fail_here(where, cat("copy_async from ", memory->place_of(global)));
@@ -469,7 +469,7 @@ void check_shared(const char* what, const void* pointer, std::size_t n_bytes, co
   if (!memory.holds(pointer, n_bytes)) {
     fail_here(where, cat(what, " at ", memory.place_of(pointer)));
   }
-  check_multiple_of_16(what, pointer, where);
+  check_multiple(what, pointer, n_bytes, where);
 }
 
 void start_copy(void* shared, const void* global, int n_bytes, const Where& where) {

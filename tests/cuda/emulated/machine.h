@@ -122,7 +122,8 @@ void report(const void* pointer, std::size_t n_bytes, bool writes, const void* c
 // Where the code is that this was called from.
 __attribute__((noinline)) inline const void* code_here() { return __builtin_return_address(0); }
 
-// Holds an instruction to its addresses: inside the block's shared memory, multiples of 16.
+// Holds an instruction to its addresses: inside the block's shared memory, multiples of
+// their size.
 void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where);
 
 void start_copy(void* shared, const void* global, int n_bytes, const Where& where);

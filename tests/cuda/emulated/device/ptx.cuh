@@ -18,6 +18,35 @@ inline unsigned shared_address(const void* pointer,
   return kSharedBase + static_cast<unsigned>(shared.offset_of(pointer));
 }
 
+namespace emulated {
+
+inline std::byte* at_shared(unsigned address) {
+  return current->block->shared.data() + (address - kSharedBase);
+}
+// Where `from` is an address of the block's shared memory.
+template <typename T>
+void load_shared(T& value, unsigned from, const Where& where) {
+  const std::byte* pointer = at_shared(from);
+  check_shared("load_shared", pointer, sizeof(T), where);
+  if (watched) report(pointer, sizeof(T), false, code_here());
+  std::memcpy(&value, pointer, sizeof(T));
+}
+
+}  // namespace emulated
+
+inline void load_shared(uint4& value, unsigned from,
+                        emulated::Where where = emulated::Where::current()) {
+  emulated::load_shared(value, from, where);
+}
+inline void load_shared(float2& value, unsigned from,
+                        emulated::Where where = emulated::Where::current()) {
+  emulated::load_shared(value, from, where);
+}
+inline void load_shared(std::uint16_t& value, unsigned from,
+                        emulated::Where where = emulated::Where::current()) {
+  emulated::load_shared(value, from, where);
+}
+
 // ---- copies from global to shared memory, in flight until they are waited for ----
 
 inline void copy_async(void* shared, const void* global, int n_bytes,
@@ -27,6 +56,14 @@ inline void copy_async(void* shared, const void* global, int n_bytes,
 inline void copy_async_once(void* shared, const void* global,
                             emulated::Where where = emulated::Where::current()) {
   emulated::start_copy(shared, global, 16, where);
+}
+inline void copy_async(unsigned shared, const void* global, int n_bytes,
+                       emulated::Where where = emulated::Where::current()) {
+  copy_async(emulated::at_shared(shared), global, n_bytes, where);
+}
+inline void copy_async_once(unsigned shared, const void* global,
+                            emulated::Where where = emulated::Where::current()) {
+  copy_async_once(emulated::at_shared(shared), global, where);
 }
 inline void commit_copies() { ++emulated::current->open_group; }
 
@@ -113,6 +150,11 @@ inline void load_matrices(std::uint32_t (&r)[4], const void* row,
   if (emulated::watched) emulated::report(row, 16, false, emulated::code_here());
   emulated::MatrixRow mine{row, r};
   emulated::meet_warp("load_matrices", where, &mine, emulated::load_rows);
+}
+
+inline void load_matrices(std::uint32_t (&r)[4], unsigned row,
+                          emulated::Where where = emulated::Where::current()) {
+  load_matrices(r, emulated::at_shared(row), where);
 }
 
 inline std::uint32_t pack_bf16x2(float low, float high) {
