@@ -1,5 +1,5 @@
-// Memory of a real GPU as emulated/fibers.cpp gives that of the emulated one, to the same Python: with
-// guards on either side, which hold writes beside it. Nothing here is part of the engine.
+// Memory of a real GPU as emulated/fibers.cpp gives that of the emulated one, to the same Python:
+// with guards on either side, which hold writes beside it. Nothing here is part of the engine.
 #include <cstring>
 #include <map>
 #include <string>
