@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import weakref
 from typing import Any
@@ -29,15 +30,13 @@ class DeviceError(Exception):
 class Memory:
     """An array in device memory, with guards around it."""
 
-    def __init__(self, library: ctypes.CDLL, values: NDArray[Any]) -> None:
-        values = np.ascontiguousarray(values)
-        self._library, self._shape, self._dtype = library, values.shape, values.dtype
-        self.n_bytes = values.nbytes
-        self.address: int = library.device_alloc(max(1, values.nbytes))
+    def __init__(self, library: ctypes.CDLL, shape: tuple[int, ...], dtype: Any) -> None:
+        self._library, self._shape, self._dtype = library, shape, np.dtype(dtype)
+        self.n_bytes = math.prod(shape) * self._dtype.itemsize
+        self.address: int = library.device_alloc(max(1, self.n_bytes))
         if not self.address:
             raise DeviceError(library.device_error().decode())
         weakref.finalize(self, library.device_free, self.address)
-        self.write(values)
 
     def write(self, values: NDArray[Any]) -> None:
         values = np.ascontiguousarray(values, self._dtype)
@@ -64,8 +63,14 @@ class Device:
         library.device_free.argtypes = [ctypes.c_void_p]
         library.device_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
+    def reserve(self, n_bytes: int) -> Memory:
+        """Return bytes that begin as NaNs."""
+        return Memory(self.library, (n_bytes,), np.uint8)
+
     def put(self, values: NDArray[Any]) -> Memory:
-        return Memory(self.library, values)
+        memory = Memory(self.library, values.shape, values.dtype)
+        memory.write(values)
+        return memory
 
     def arrange(self, *, seed: int = 0, multiprocessors: int = 5) -> None:
         """Choose the order of threads, when copies arrive, and how large grids are.
@@ -86,11 +91,14 @@ class Device:
         Raises:
             DeviceError: With what the function threw, or where something wrote beside its memory.
         """
-        for function in (name, "check_guards"):
-            values = map(_c_value, arguments) if function == name else ()
-            if getattr(self.library, function)(*values) != 0:
-                message = self.library.device_error().decode()
-                raise DeviceError(explain(self.library, message) if self.emulated else message)
+        self.submit(name, *arguments)
+        self.submit("check_guards")
+
+    def submit(self, name: str, *arguments: Any) -> None:
+        """Call, without a look at the guards: the call may only be recorded."""
+        if getattr(self.library, name)(*map(_c_value, arguments)) != 0:
+            message = self.library.device_error().decode()
+            raise DeviceError(explain(self.library, message) if self.emulated else message)
 
 
 def _c_value(argument: Any) -> Any:
@@ -113,7 +121,7 @@ def gpu_device() -> Device:
     path = os.environ.get(LIBRARY)
     if path is None:
         pytest.skip("needs a GPU and a library for it: run tools/gpu_check")
-    library = ctypes.CDLL(path)
-    if library.device_count() == 0:
-        pytest.skip("needs a GPU: this machine has none")
-    return Device(library, emulated=False)
+    device = Device(ctypes.CDLL(path), emulated=False)
+    if device.library.device_count() == 0:
+        pytest.fail(f"{path} finds no GPU: {device.library.device_error().decode()}")
+    return device

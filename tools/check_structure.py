@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "cuda": ["src", "cuda"],
     "csrc": ["src", "csrc"],
     "benchmarks/cpp": ["src", "benchmarks/cpp"],
-    "benchmarks/cuda": ["src", "cuda", "benchmarks/cuda"],
+    "benchmarks/cuda": ["src", "cuda", "tests/cuda"],
     "tests/cuda": ["src", "cuda", "tests/cuda"],
 }
 
@@ -60,7 +60,7 @@ NEVER_IN_SRC = re.compile(
 # The engine, its tests and its tools compare against other implementations, never by depending on
 # one.
 HEAVY_IMPORT = re.compile(r"^\s*(import|from)\s+(torch|transformers|tokenizers|safetensors)\b")
-INCLUDE_ROOTS = ["src", "cuda", "csrc", "benchmarks/cpp", "benchmarks/cuda", "tests/cuda/emulated"]
+INCLUDE_ROOTS = ["src", "cuda", "csrc", "benchmarks/cpp", "tests/cuda", "tests/cuda/emulated"]
 MAX_COLUMNS = 100
 MAX_LINES = 600
 SEAM_LINES = 150

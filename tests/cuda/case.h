@@ -7,6 +7,10 @@
 
 namespace camelid::cuda {
 
+// Where all of them work, and whether that is only recorded: as a graph, to be timed (gpu.cu).
+inline cudaStream_t stream = nullptr;
+inline bool recording = false;
+
 // device_error() tells it.
 void remember_error(const char* message);
 
@@ -15,7 +19,7 @@ template <class Work>
 int caught(const Work& work) {
   try {
     work();
-    finish(nullptr);
+    if (!recording) finish(stream);
     return 0;
   } catch (const std::exception& error) {
     remember_error(error.what());

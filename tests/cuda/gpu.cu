@@ -1,5 +1,6 @@
 // Memory of a real GPU as emulated/fibers.cpp gives that of the emulated one, to the same Python:
-// with guards on either side, which hold writes beside it. Nothing here is part of the engine.
+// with guards on either side, which hold writes beside it. And a clock, for what calls would do.
+// Nothing here is part of the engine.
 #include <cstring>
 #include <map>
 #include <string>
@@ -14,6 +15,7 @@ constexpr std::size_t kGuard = 4096;
 constexpr int kGuardByte = 0xa5;
 
 std::string last_error;
+cudaGraphExec_t recorded = nullptr;
 std::map<std::byte*, std::size_t> sizes;  // of what device_alloc() gave
 
 void check_guard(const std::byte* guard, const char* where, std::size_t bytes) {
@@ -42,10 +44,10 @@ extern "C" {
 
 const char* device_error() { return last_error.c_str(); }
 
-// How many GPUs there are; 0 also where there is no driver.
+// How many GPUs there are; 0 also after an error, as where there is no driver.
 int device_count() {
   int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+  return caught([&] { check(cudaGetDeviceCount(&count), "devices"); }) == 0 ? count : 0;
 }
 
 // Filled with NaNs, as an emulated device fills it; null after an error.
@@ -77,6 +79,45 @@ int device_copy(void* to, const void* from, std::size_t bytes) {
 int check_guards() {
   return caught([] {
     for (const auto& [memory, bytes] : sizes) check_guards_of(memory, bytes);
+  });
+}
+
+// From here to graph_end() calls are recorded instead of done.
+int graph_begin() {
+  return caught([] {
+    if (stream == nullptr) check(cudaStreamCreate(&stream), "stream");
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "graph");
+    recording = true;
+  });
+}
+
+int graph_end() {
+  recording = false;
+  return caught([] {
+    if (recorded != nullptr) check(cudaGraphExecDestroy(recorded), "graph");
+    recorded = nullptr;
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(stream, &graph), "graph");
+    check(cudaGraphInstantiate(&recorded, graph, 0), "graph");
+    check(cudaGraphDestroy(graph), "graph");
+  });
+}
+
+// Does what was recorded n_runs times; of each the milliseconds.
+int graph_times(int n_runs, float* milliseconds) {
+  return caught([&] {
+    cudaEvent_t start = nullptr, end = nullptr;
+    check(cudaEventCreate(&start), "event");
+    check(cudaEventCreate(&end), "event");
+    for (int i = 0; i < n_runs; ++i) {
+      check(cudaEventRecord(start, stream), "event");
+      check(cudaGraphLaunch(recorded, stream), "graph");
+      check(cudaEventRecord(end, stream), "event");
+      check(cudaEventSynchronize(end), "graph");
+      check(cudaEventElapsedTime(milliseconds + i, start, end), "event");
+    }
+    check(cudaEventDestroy(start), "event");
+    check(cudaEventDestroy(end), "event");
   });
 }
 }

@@ -6,6 +6,7 @@
 #include "layout/share.h"
 #include "ops/experts_few.h"
 #include "ops/matmul_few.h"
+#include "ops/matmul_plain.h"
 
 using namespace camelid::cuda;
 
@@ -132,7 +133,7 @@ int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const
     matmul_few(call,
                {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                 static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
-               nullptr);
+               stream);
   });
 }
 
@@ -188,7 +189,25 @@ int run_experts_few(const CExperts* c, const void* x, int n_tokens, int x_stride
     experts_few(call,
                 {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                  static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
-                nullptr);
+                stream);
+  });
+}
+
+int run_matmul_plain(const void* x, const void* w, int n_tokens, int rows, int inputs, int x_stride,
+                     int w_stride, void* y, int y_stride, int output) {
+  return caught([&] {
+    MatmulPlain call;
+    call.x = static_cast<const std::uint16_t*>(x);
+    call.w = static_cast<const std::uint16_t*>(w);
+    call.y = y;
+    call.n_tokens = n_tokens;
+    call.rows = rows;
+    call.inputs = inputs;
+    call.x_stride = x_stride;
+    call.w_stride = w_stride;
+    call.y_stride = y_stride;
+    call.output = static_cast<Output>(output);
+    matmul_plain(call, stream);
   });
 }
 
