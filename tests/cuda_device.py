@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from emulated_build import ROOT, build, explain
 
 LIBRARY = "CAMELID_GPU_LIBRARY"
-CASES = ("tests/cuda/ops.cu",)
+CASES = ("tests/cuda/ops.cu", "tests/cuda/pack.cu")
 
 
 class DeviceError(Exception):
