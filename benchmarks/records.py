@@ -1,6 +1,7 @@
 """What the smaller benchmarks have in common: their arguments, and results of a head and a table.
 
-Must never know what was measured.
+Must never know what was measured. camelid is imported where it is asked for: kernels of a GPU are
+measured on machines that do not have it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import camelid
-from camelid import _core
-from versus import machine
-
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def arguments(description: str | None, argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
+    from camelid import _core
+
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,6 +32,9 @@ def arguments(description: str | None, argv: list[str] | None) -> argparse.Names
 
 def head(benchmark: str, threads: int) -> dict[str, Any]:
     """Return what a record begins with."""
+    import camelid
+    from versus import machine
+
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

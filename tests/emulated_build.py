@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,12 @@ def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> cty
     # The emulator first: of inline functions that both have, the linker keeps the first, and the
     # emulator's own must not report to itself.
     objects = [_compile(common, EMULATOR / "fibers.cpp")]
-    objects += [_compile(kernels, ROOT / source) for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects += pool.map(functools.partial(_compile, kernels), map(ROOT.joinpath, sources))
     library = CACHE / f"{_key(*(path.name.encode() for path in objects))}.so"
     _make(library, [*compiler, "-shared", *map(str, objects)])
     loaded = ctypes.CDLL(str(library))
-    loaded.emulated_error.restype = ctypes.c_char_p
+    loaded.device_error.restype = ctypes.c_char_p
     loaded.emulated_seed.argtypes = [ctypes.c_uint64]
     loaded.device_alloc.restype = ctypes.c_void_p
     loaded.device_alloc.argtypes = [ctypes.c_size_t]
@@ -102,7 +104,7 @@ def call(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> Non
             values[i] = device_array(library, argument)
             copies.append((argument, values[i]))
     if getattr(library, name)(*map(_c_value, values)) != 0:
-        raise EmulatorError(explain(library, library.emulated_error().decode()))
+        raise EmulatorError(explain(library, library.device_error().decode()))
     for host, device in copies:
         if host.flags.writeable:
             host[...] = device

@@ -16,25 +16,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Where the quoted includes of a folder may lead: src <- cuda <- csrc, src <- benchmarks/cpp.
+# Where the quoted includes of a folder may lead: src <- cuda <- csrc, src <- benchmarks/cpp, and in
+# cuda/ layout <- device <- ops <- sm90.
+LAYERS = ["cuda/layout", "cuda/device", "cuda/ops", "cuda/sm90"]
 MAY_INCLUDE = {
     "src": ["src"],
+    **{layer: ["src", *LAYERS[: i + 1]] for i, layer in enumerate(LAYERS)},
     "cuda": ["src", "cuda"],
     "csrc": ["src", "csrc"],
     "benchmarks/cpp": ["src", "benchmarks/cpp"],
+    "benchmarks/cuda": ["src", "cuda", "tests/cuda"],
+    "tests/cuda": ["src", "cuda", "tests/cuda"],
 }
 
-# A pattern and the one folder it may appear in.
+# A pattern, the folders it may appear in, and what to do instead.
+CUDA_FOLDERS = ("cuda", *LAYERS, "benchmarks/cuda", "tests/cuda")
 BELONGS = [
-    (re.compile(r"#\s*include\s*[<\"](pybind11/|Python\.h)"), "csrc", "Python belongs in csrc/"),
+    (re.compile(r"#\s*include\s*[<\"](pybind11/|Python\.h)"), ("csrc",), "Python belongs in csrc/"),
     (
-        re.compile(r"#\s*include\s*<(cuda|cutlass|cute|cublas|nccl)|\b__(global|device)__\b"),
-        "cuda",
-        "CUDA and CUTLASS belong in cuda/",
+        re.compile(r"#\s*include\s*<cu(da|blas)|\b__(global|device)__\b"),
+        CUDA_FOLDERS,
+        "CUDA belongs in cuda/",
+    ),
+    (
+        re.compile(r"#\s*include\s*<(cutlass|cute)/"),
+        ("cuda/sm90",),
+        "CUTLASS belongs in cuda/sm90/",
+    ),
+    (
+        re.compile(r"\basm\b"),
+        ("cuda/device", "tests/cuda", "src", "benchmarks/cpp"),
+        "inline assembly belongs in cuda/device/",
     ),
     (
         re.compile(r"#\s*(if|ifdef|ifndef|elif)\b.*\b(WITH|HAVE|USE|ENABLE|CAMELID)\w*_CUDA\b"),
-        None,
+        (),
         "CMake chooses the CUDA backend by linking it, not by a macro",
     ),
 ]
@@ -44,6 +60,7 @@ NEVER_IN_SRC = re.compile(
 # The engine, its tests and its tools compare against other implementations, never by depending on
 # one.
 HEAVY_IMPORT = re.compile(r"^\s*(import|from)\s+(torch|transformers|tokenizers|safetensors)\b")
+INCLUDE_ROOTS = ["src", "cuda", "csrc", "benchmarks/cpp", "tests/cuda", "tests/cuda/emulated"]
 MAX_COLUMNS = 100
 MAX_LINES = 600
 SEAM_LINES = 150
@@ -57,7 +74,10 @@ def files(folder: str, suffixes: set[str]) -> Iterator[Path]:
 
 
 def check_cpp(folder: str) -> Iterator[tuple[Path, int, str]]:
+    inner = [ROOT / other for other in MAY_INCLUDE if other.startswith(f"{folder}/")]
     for path in files(folder, CPP):
+        if any(path.is_relative_to(other) for other in inner):
+            continue  # has rules of its own
         lines = path.read_text(encoding="utf-8").splitlines()
         told_in_header = path.suffix == ".cpp" and path.with_suffix(".h").exists()
         if not told_in_header and not "".join(lines[:1]).startswith("//"):
@@ -74,14 +94,14 @@ def check_cpp(folder: str) -> Iterator[tuple[Path, int, str]]:
 def line_violations(folder: str, path: Path, line: str) -> Iterator[str]:
     include = re.match(r'\s*#\s*include\s*"([^"]+)"', line)
     if include:
-        roots = [path.parent, *(ROOT / allowed for allowed in MAY_INCLUDE[folder])]
+        roots = [path.parent, *(ROOT / root for root in INCLUDE_ROOTS)]
         found = [r / include[1] for r in roots if (r / include[1]).exists()]
         allowed = [(ROOT / name).resolve() for name in MAY_INCLUDE[folder]]
         if not any(a in f.resolve().parents for f in found for a in allowed):
             yield f'"{include[1]}" is not in {" or ".join(MAY_INCLUDE[folder])}/'
     code = line.split("//")[0]
-    for pattern, home, reason in BELONGS:
-        if folder != home and pattern.search(code):
+    for pattern, homes, reason in BELONGS:
+        if folder not in homes and pattern.search(code):
             yield reason
     if folder == "src" and NEVER_IN_SRC.search(code):
         yield "src/ never prints, exits or aborts; throw camelid::Error"

@@ -43,19 +43,19 @@ constexpr std::string_view dtype_name(DType dtype) {
   return "?";
 }
 
-inline float bf16_to_f32(std::uint16_t bits) {
+constexpr float bf16_to_f32(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
-inline std::uint16_t f32_to_bf16(float value) {
+constexpr std::uint16_t f32_to_bf16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
   return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // Exact for every half, subnormals, infinities and NaN included.
-inline float f16_to_f32(std::uint16_t bits) {
+constexpr float f16_to_f32(std::uint16_t bits) {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
   const std::uint32_t magnitude = bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {
@@ -69,7 +69,7 @@ inline float f16_to_f32(std::uint16_t bits) {
 }
 
 // Rounds to nearest, ties to even; overflow becomes infinity.
-inline std::uint16_t f32_to_f16(float value) {
+constexpr std::uint16_t f32_to_f16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
   const std::uint32_t magnitude = bits & 0x7fffffffu;

@@ -1,27 +1,14 @@
 // C functions over the kernels' host side, for tests that run them on a GPU (built with nvcc) or on
-// the emulated device (built with the compiler for C++). Errors come back as text.
+// the emulated device (built with the compiler for C++).
 #include <cstring>
 
+#include "case.h"
+#include "layout/share.h"
 #include "ops/experts_few.h"
 #include "ops/matmul_few.h"
-
-namespace {
+#include "ops/matmul_plain.h"
 
 using namespace camelid::cuda;
-
-// Calls f; 0, or 1 with the error's text in `message`.
-template <class F>
-int guarded(char* message, const F& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& error) {
-    std::strncpy(message, error.what(), 1023);
-    return 1;
-  }
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -88,6 +75,42 @@ void pack_tiles(const CShape* s, const int* values, const float* scales, const f
   }
 }
 
+// Unpacks tiles into values [rows][inputs]; how many further ones there are, all 0, or -1.
+int read_tiles(const CShape* s, const std::byte* tiles, int* values) {
+  const TiledMatrix w = {shape_of(*s), {tiles, nullptr}};
+  int n_padding = 0;
+  for (int row_tile = 0; row_tile < w.shape.n_row_tiles(); ++row_tile) {
+    for (int r = 0; r < kTileRows; ++r) {
+      const int row = source_row(w.shape, row_tile, r);
+      for (int input = 0; input < w.shape.n_k_tiles() * kTileInputs; ++input) {
+        const int value = tiled_value(w, row_tile, r, input);
+        if (row < w.shape.rows && input < w.shape.inputs) {
+          values[row * w.shape.inputs + input] = value;
+        } else if (value != 0) {
+          return -1;
+        } else {
+          ++n_padding;
+        }
+      }
+    }
+  }
+  return n_padding;
+}
+
+int source_row_of(const CShape* s, int row_tile, int r) {
+  return source_row(shape_of(*s), row_tile, r);
+}
+
+// Of each block the first unit and the one past its last, [n_blocks][2]; of each unit its owner.
+void deal(int n_blocks, int n_units, int* bounds, int* owners) {
+  for (int block = 0; block < n_blocks; ++block) {
+    const Share share = share_of(block, n_blocks, n_units);
+    bounds[2 * block] = share.first;
+    bounds[2 * block + 1] = share.last;
+  }
+  for (int unit = 0; unit < n_units; ++unit) owners[unit] = owner_of(unit, n_blocks, n_units);
+}
+
 void matmul_few_need(const CShape* s, int n_tokens, std::int64_t* need) {
   const WorkspaceNeed n = matmul_few_needs(shape_of(*s), n_tokens);
   need[0] = static_cast<std::int64_t>(n.sum_bytes);
@@ -96,8 +119,8 @@ void matmul_few_need(const CShape* s, int n_tokens, std::int64_t* need) {
 
 int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const void* x,
                    int n_tokens, int x_stride, void* y, int y_stride, int output, void* sums,
-                   std::int64_t sum_bytes, void* counters, std::int64_t n_counters, char* message) {
-  return guarded(message, [&] {
+                   std::int64_t sum_bytes, void* counters, std::int64_t n_counters) {
+  return caught([&] {
     MatmulFew call;
     call.w = {shape_of(*s),
               {static_cast<const std::byte*>(tiles), static_cast<const std::byte*>(scales)}};
@@ -110,7 +133,7 @@ int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const
     matmul_few(call,
                {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                 static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
-               nullptr);
+               stream);
   });
 }
 
@@ -153,8 +176,8 @@ void experts_few_need(const CExperts* c, int n_tokens, std::int64_t* need) {
 
 int run_experts_few(const CExperts* c, const void* x, int n_tokens, int x_stride, void* y,
                     int y_stride, void* scratch, void* sums, std::int64_t sum_bytes, void* counters,
-                    std::int64_t n_counters, char* message) {
-  return guarded(message, [&] {
+                    std::int64_t n_counters) {
+  return caught([&] {
     ExpertsFew call;
     call.w = experts_of(*c);
     call.x = static_cast<const std::uint16_t*>(x);
@@ -166,7 +189,25 @@ int run_experts_few(const CExperts* c, const void* x, int n_tokens, int x_stride
     experts_few(call,
                 {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                  static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
-                nullptr);
+                stream);
+  });
+}
+
+int run_matmul_plain(const void* x, const void* w, int n_tokens, int rows, int inputs, int x_stride,
+                     int w_stride, void* y, int y_stride, int output) {
+  return caught([&] {
+    MatmulPlain call;
+    call.x = static_cast<const std::uint16_t*>(x);
+    call.w = static_cast<const std::uint16_t*>(w);
+    call.y = y;
+    call.n_tokens = n_tokens;
+    call.rows = rows;
+    call.inputs = inputs;
+    call.x_stride = x_stride;
+    call.w_stride = w_stride;
+    call.y_stride = y_stride;
+    call.output = static_cast<Output>(output);
+    matmul_plain(call, stream);
   });
 }
 

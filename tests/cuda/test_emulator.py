@@ -39,7 +39,7 @@ def selftest(*, watch: bool) -> Iterator[ctypes.CDLL]:
     library = build(SELFTEST, watch=watch)
     yield library
     library.emulated_multiprocessors(5)
-    assert library.check_guards() == 0, library.emulated_error()
+    assert library.check_guards() == 0, library.device_error()
 
 
 def error_of(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> str:
@@ -261,7 +261,7 @@ def test_write_beside_device_memory_by_the_host_is_told_when_asked(emulated: cty
     memory = device_array(emulated, np.zeros(100, np.uint8))
     ctypes.memset(memory.ctypes.data + 100, 0, 1)
     assert emulated.check_guards() == 1
-    assert b"something wrote to byte 100 of 100 bytes of device memory" in emulated.emulated_error()
+    assert b"something wrote to byte 100 of 100 bytes of device memory" in emulated.device_error()
     assert emulated.check_guards() == 0
 
 

@@ -3,6 +3,8 @@
 
 #include "machine.h"
 
+#include "../case.h"
+
 #include <algorithm>
 #include <deque>
 #include <exception>
@@ -52,6 +54,9 @@ struct Machine {
   std::exception_ptr failure;
   int n_alive = 0;
   std::int64_t n_looks = 0;  // since something happened
+
+  std::deque<std::function<void()>> work;  // of the stream, which waits
+  std::int64_t n_done = 0;                 // of all that was submitted
 
   Stacks stacks;
   std::map<const std::byte*, GuardedBytes> allocations;
@@ -327,6 +332,34 @@ void run(const Grid& what, void (*thread)(const void* call), const void* call) {
   }
 }
 
+// ---- the stream ----
+
+void submit(std::function<void()> work, bool may_wait) {
+  const auto copies = static_cast<Copies>(machine.seed % 3);
+  const bool waits = copies == Copies::kLate || (copies == Copies::kRandom && below(2) == 0);
+  machine.work.push_back(std::move(work));
+  if (machine.work.size() == 1 && !(may_wait && waits)) finish_work(n_submitted());
+}
+
+std::int64_t n_submitted() {
+  return machine.n_done + static_cast<std::int64_t>(machine.work.size());
+}
+
+void finish_work(std::int64_t n) {
+  while (machine.n_done < n) {
+    const std::function<void()> work = std::move(machine.work.front());
+    machine.work.pop_front();
+    ++machine.n_done;
+    try {
+      work();
+    } catch (...) {  // nothing of what would have followed happens
+      machine.n_done = n_submitted();
+      machine.work.clear();
+      throw;
+    }
+  }
+}
+
 // ---- what threads ask for ----
 
 // Threads of a warp go through a kernel together where they meet.
@@ -488,16 +521,17 @@ int blocks_per_multiprocessor(int threads, std::size_t shared_bytes) {
       {kThreadsPerMultiprocessor / threads, kBlocksPerMultiprocessor, static_cast<int>(by_shared)});
 }
 
-void remember_error(const char* message) { machine.error = message; }
-
 }  // namespace camelid::cuda::emulated
 
+void camelid::cuda::remember_error(const char* message) { emulated::machine.error = message; }
+
 using namespace camelid;
+using namespace camelid::cuda;
 using namespace camelid::cuda::emulated;
 
 extern "C" {
 
-const char* emulated_error() { return machine.error.c_str(); }
+const char* device_error() { return machine.error.c_str(); }
 
 void emulated_seed(std::uint64_t seed) {
   machine.seed = seed;
@@ -524,6 +558,11 @@ int device_free(void* memory) {
     machine.allocations.erase(found);
     if (!damage.empty()) fail(ErrorCode::kInternal, damage);
   });
+}
+
+int device_copy(void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+  return 0;
 }
 
 int check_guards() {

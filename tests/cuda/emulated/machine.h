@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <source_location>
 #include <string>
@@ -128,6 +129,12 @@ extern bool watched;
 // when no thread can go on, and when memory was written that is nobody's.
 void run(const Grid& grid, void (*thread)(const void* call), const void* call);
 
+// Does the work of the one stream there is, in order, at once or when somebody waits for it. Work
+// that `may_wait` does so as the seed says, and what comes after it waits with it.
+void submit(std::function<void()> work, bool may_wait);
+std::int64_t n_submitted();
+void finish_work(std::int64_t n);  // the first n that were ever submitted
+
 // Waits until all threads of the warp (or of the block) that did not end are here. With an act, all
 // 32 have to come. Lanes of one warp must come to the same place.
 void meet_warp(const char* what, const Where& where, void* brought = nullptr, Act act = nullptr);
@@ -168,32 +175,15 @@ int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
 
 }  // namespace camelid::cuda::emulated
 
-// What tests call; functions that return int return 1 after an error, which emulated_error() tells.
+// What tests call; functions that return int return 1 after an error, which device_error() tells.
 extern "C" {
-const char* emulated_error();
+const char* device_error();
 // 0: threads and blocks in order. Otherwise another order for each seed. Copies are executed as
 // late as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
 void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
 void* device_alloc(std::size_t bytes);
 int device_free(void* memory);
+int device_copy(void* to, const void* from, std::size_t bytes);
 int check_guards();
 }
-
-namespace camelid::cuda::emulated {
-
-void remember_error(const char* message);
-
-// For functions that tests call: runs work() and keeps the message of what it throws.
-template <typename Work>
-int caught(Work&& work) {
-  try {
-    work();
-    return 0;
-  } catch (const std::exception& error) {
-    remember_error(error.what());
-    return 1;
-  }
-}
-
-}  // namespace camelid::cuda::emulated

@@ -1,6 +1,7 @@
 // Small kernels that test_emulator.py holds the emulator to: right ones, and ones with the mistakes
 // that it must catch. Nothing here is part of the engine.
 
+#include "../case.h"
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 
@@ -281,7 +282,6 @@ __global__ void write_by_blocks(std::uint8_t* y, int stride) { y[block_index() *
 }  // namespace camelid::cuda
 
 using namespace camelid::cuda;
-using emulated::caught;
 
 extern "C" {
 

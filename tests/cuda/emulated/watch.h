@@ -1,6 +1,6 @@
 // Finds accesses to memory that nothing orders, whatever order they happened to run in: who knows
-// of whose accesses (the happens-before of threads that meet, fence and pass flags), and who touched
-// each byte last. It knows nothing of fibers, and only builds that report accesses use it.
+// of whose accesses (the happens-before of threads that meet, fence and pass flags), and who
+// touched each byte last. It knows nothing of fibers, and only builds that report accesses use it.
 #pragma once
 
 #include <algorithm>

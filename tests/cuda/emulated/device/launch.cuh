@@ -158,13 +158,18 @@ struct Call {
 
 }  // namespace emulated
 
-// Runs the kernel to its end.
+// Runs the kernel to its end, after what the stream has not done yet.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
             Arguments&&... arguments) {
   using Call = emulated::Call<Parameters...>;
   const Call call{kernel, {static_cast<Parameters>(arguments)...}};
-  emulated::run({what, how.blocks, how.threads, how.shared_bytes, how.together}, Call::run, &call);
+  emulated::submit(
+      [=] {
+        emulated::run({what, how.blocks, how.threads, how.shared_bytes, how.together}, Call::run,
+                      &call);
+      },
+      false);
 }
 
 }  // namespace camelid::cuda

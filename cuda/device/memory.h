@@ -1,0 +1,65 @@
+// Memory of the device and pinned memory of the host, copies between them, and events: what the
+// host's side asks of CUDA besides launches, by names that an emulation on the CPU can give another
+// meaning. It never computes.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "device/launch.cuh"
+
+namespace camelid::cuda {
+
+// ---- memory, freed with its owner ----
+
+struct FreeDevice {
+  void operator()(std::byte* memory) const { cudaFree(memory); }
+};
+struct FreePinned {
+  void operator()(std::byte* memory) const { cudaFreeHost(memory); }
+};
+using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
+using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
+
+// Aligned to 256 bytes; contents are anything.
+inline DeviceMemory allocate_device(std::size_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, bytes), "device memory");
+  return DeviceMemory(static_cast<std::byte*>(memory));
+}
+
+// Of the host, and what the device copies from while the host goes on.
+inline PinnedMemory allocate_pinned(std::size_t bytes) {
+  void* memory = nullptr;
+  check(cudaMallocHost(&memory, bytes), "pinned memory");
+  return PinnedMemory(static_cast<std::byte*>(memory));
+}
+
+// ---- work of a stream, in order with its launches ----
+
+// From pinned memory, which must stay as it is until the copy is over.
+inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t bytes,
+                           cudaStream_t stream) {
+  check(cudaMemcpyAsync(to, pinned, bytes, cudaMemcpyHostToDevice, stream), "copy to the device");
+}
+
+// Waits for all work of a stream, and throws where some of it failed.
+inline void finish(cudaStream_t stream) { check(cudaStreamSynchronize(stream), "finish"); }
+
+// A point in the work of a stream.
+class Event {
+ public:
+  Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "event"); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() { cudaEventDestroy(event_); }
+
+  void record(cudaStream_t stream) { check(cudaEventRecord(event_, stream), "event"); }
+  // Waits until the stream came where record() was called last; at once before the first.
+  void wait() { check(cudaEventSynchronize(event_), "event"); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+}  // namespace camelid::cuda

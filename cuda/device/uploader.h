@@ -1,0 +1,65 @@
+// Feeds the device from any memory of the host, mapped files included: two pinned buffers are
+// filled and sent in turn, so that the host reads a piece while the device takes the one before. It
+// knows nothing of what the pieces are.
+#pragma once
+
+#include <array>
+#include <cstddef>
+
+#include "device/memory.h"
+
+namespace camelid::cuda {
+
+class Uploader {
+ public:
+  // Large enough that starting a copy costs nothing beside it, small enough to stay in L2 until the
+  // kernel that unpacks it has read it.
+  static constexpr std::size_t kPieceBytes = std::size_t{4} << 20;
+
+  explicit Uploader(cudaStream_t stream, std::size_t piece_bytes = kPieceBytes)
+      : stream_(stream), piece_bytes_(piece_bytes), staged_(allocate_device(piece_bytes)) {
+    for (Buffer& buffer : buffers_) buffer.memory = allocate_pinned(piece_bytes);
+  }
+  Uploader(const Uploader&) = delete;
+  Uploader& operator=(const Uploader&) = delete;
+  ~Uploader() {
+    for (Buffer& buffer : buffers_) {
+      try {
+        buffer.sent.wait();
+      } catch (const Error&) {  // told by whoever waits for the stream
+      }
+    }
+  }
+
+  cudaStream_t stream() const { return stream_; }
+  std::size_t piece_bytes() const { return piece_bytes_; }
+
+  // Where to write the next piece. Waits until the last but one has left this place.
+  std::byte* next() {
+    buffers_[turn_].sent.wait();
+    return buffers_[turn_].memory.get();
+  }
+
+  // Sends the first bytes of next(). Launches on stream() find them where this says, until the next
+  // send().
+  const std::byte* send(std::size_t bytes) {
+    Buffer& buffer = buffers_[turn_];
+    turn_ ^= 1u;
+    copy_to_device(staged_.get(), buffer.memory.get(), bytes, stream_);
+    buffer.sent.record(stream_);
+    return staged_.get();
+  }
+
+ private:
+  struct Buffer {
+    PinnedMemory memory;
+    Event sent;
+  };
+  cudaStream_t stream_;
+  std::size_t piece_bytes_;
+  DeviceMemory staged_;
+  std::array<Buffer, 2> buffers_;
+  unsigned turn_ = 0;
+};
+
+}  // namespace camelid::cuda

@@ -1,0 +1,94 @@
+"""gpu_kernels.py on the emulated device with a made-up clock: all is called, and written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_kernels
+from cuda_device import Memory, emulated_device
+
+TINY = gpu_kernels.Model(
+    dim=128, qkv_rows=160, ffn_dim=64, n_experts=3, vocab_size=300, moe_tokens=(1, 9)
+)
+US = 10.0
+
+
+class Emulated(gpu_kernels.Gpu):
+    """Does each call once, and says that it took 10 us."""
+
+    def __init__(self) -> None:
+        self.device = emulated_device()
+        self.called: list[str] = []
+
+    def info(self) -> dict[str, Any]:
+        return {"gpu": "Emulated, 5 SMs", "multiprocessors": 5, "l2_bytes": 1 << 14,
+                "memory_bytes": 1 << 30, "clock_khz": 1, "capability": 80}  # fmt: skip
+
+    def random(self, n_bytes: int, seed: int) -> Memory:
+        n_bytes = min(n_bytes, 1 << 20)  # of what the peaks ask for
+        return self.device.put(np.random.default_rng(seed).integers(0, 256, n_bytes, np.uint8))
+
+    def times(self, calls: list[gpu_kernels.Call], n_runs: int = 7) -> list[float]:
+        for call in calls:
+            self.called.append(call[0])
+            if call[0] not in ("read_memory", "copy_memory"):
+                self.device.submit(*call)
+        return [US] * n_runs
+
+
+def test_every_kernel_is_called_and_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "torch_tflop_s", lambda n: 100.0)
+    gpu = Emulated()
+    gpu_kernels.main(["--library", "none", "--out", str(tmp_path)], gpu, TINY)
+    (path,) = tmp_path.glob("*-gpu-kernels-emulated-5-sms.json")
+    record = json.loads(path.read_text())
+    assert [(row["name"].split()[1], row["n_tokens"]) for row in record["rows"]] == [
+        ("QKV", 1), ("QKV", 8), ("O", 1), ("O", 8), ("experts", 1), ("experts", 9),
+        ("lm_head", 1), ("lm_head", 8),
+    ]  # fmt: skip
+    assert set(gpu.called) == {"read_memory", "copy_memory", "run_matmul_few", "run_experts_few"}
+    report = path.with_suffix(".md").read_text()
+    assert "(by torch)" in report
+    assert "nan" not in report.lower()
+
+
+def test_bytes_are_those_that_a_call_must_read() -> None:
+    gpu = Emulated()
+    (row,) = gpu_kernels.matmul_rows(gpu, "O", 160, 128, 4, (1,), 1 << 14)
+    assert row.n_bytes == 160 * 128 // 2 + 160 * 2 + 128 * 2 + 160 * 4
+    # One chunk of 128 inputs; ffn_dim of 64 fills half of one.
+    one, nine = gpu_kernels.moe_rows(gpu, TINY, 1 << 14)
+    pair = (2 * 64 + 128) * 128 // 2 + (2 * 64 + 128) * 2
+    assert one.n_bytes == 2 * pair + 3 * 128 * 2 + 128 * 2 + 2 * 128 * 4
+    assert one.name.endswith("1 hit")
+    assert nine.n_flops == 9 * one.n_flops
+
+
+def test_limit_is_the_larger_of_reading_and_multiplying() -> None:
+    peaks = {"read_gb_s": 4000.0, "bf16_tflop_s": 800.0}
+    row = {"n_bytes": 4_000_000, "n_flops": 1600 * 10**6}
+    assert gpu_kernels.limit_us(row, peaks) == pytest.approx(2.0)
+    assert gpu_kernels.limit_us(row, peaks | {"read_gb_s": 400.0}) == pytest.approx(10.0)
+    assert gpu_kernels.limit_us(row, peaks | {"bf16_tflop_s": 0.0}) == pytest.approx(1.0)
+
+
+def test_table_holds_medians_against_limits() -> None:
+    record = {
+        "peaks": {"read_gb_s": 4000.0, "copy_gb_s": 3000.0, "bf16_tflop_s": 800.0},
+        "rows": [{"name": "k", "n_tokens": 1, "n_bytes": 8_000_000, "n_flops": 0,
+                  "us": [4.0, 4.0, 5.0]}],
+    }  # fmt: skip
+    line = gpu_kernels.kernel_table(record).splitlines()[2]
+    assert line == "| k | 1 | 8.0 | 4.00 | 4.00 to 4.80 | 2.00 | 50% | 2000 | 67% |"
+
+
+@pytest.mark.parametrize(("n_bytes", "copies"), [(1000, 2), (100, 3), (99, 4), (10, 21)])
+def test_copies_pass_l2_twice(n_bytes: int, copies: int) -> None:
+    assert gpu_kernels.n_copies(n_bytes, 100) == copies

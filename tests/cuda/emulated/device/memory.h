@@ -1,0 +1,49 @@
+// The twin of cuda/device/memory.h on the CPU: device memory is guarded, and a stream does its work
+// at once or when it is waited for; machine.h decides.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "device/launch.cuh"
+
+namespace camelid::cuda {
+
+struct FreeDevice {
+  void operator()(std::byte* memory) const {
+    emulated::finish_work(emulated::n_submitted());  // as the GPU does
+    device_free(memory);
+  }
+};
+struct FreePinned {
+  void operator()(std::byte* memory) const { std::free(memory); }
+};
+using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
+using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
+
+inline DeviceMemory allocate_device(std::size_t bytes) {
+  return DeviceMemory(static_cast<std::byte*>(device_alloc(bytes)));
+}
+inline PinnedMemory allocate_pinned(std::size_t bytes) {
+  return PinnedMemory(static_cast<std::byte*>(std::malloc(bytes)));
+}
+
+inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t bytes,
+                           cudaStream_t) {
+  emulated::submit([=] { std::memcpy(to, pinned, bytes); }, true);
+}
+
+inline void finish(cudaStream_t) { emulated::finish_work(emulated::n_submitted()); }
+
+class Event {
+ public:
+  void record(cudaStream_t) { n_before_ = emulated::n_submitted(); }
+  void wait() { emulated::finish_work(n_before_); }
+
+ private:
+  std::int64_t n_before_ = 0;
+};
+
+}  // namespace camelid::cuda

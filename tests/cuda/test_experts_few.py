@@ -1,0 +1,161 @@
+"""The feed-forward part of a layer for few tokens against NumPy in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cuda_cases import (
+    BF16,
+    NAN_BF16,
+    PAIRS,
+    Experts,
+    assert_within,
+    exact_experts,
+    experts_few_need,
+    make_experts,
+    make_workspace,
+    make_x,
+    run_experts_few,
+)
+from cuda_device import Device, DeviceError
+
+
+def make_y(rng: np.random.Generator, n_tokens: int, dim: int) -> NDArray[np.float32]:
+    y = np.full((n_tokens, dim + 5), np.nan, np.float32)
+    y[:, :dim] = rng.standard_normal((n_tokens, dim))
+    return y
+
+
+def check(device: Device, w: Experts, rng: np.random.Generator, n_tokens: int) -> Any:
+    """Run, compare, and return y [n_tokens, dim]."""
+    x, y = make_x(rng, n_tokens, w.dim), make_y(rng, n_tokens, w.dim)
+    found = run_experts_few(device, w, x, y)
+    np.testing.assert_array_equal(found[:, w.dim :], y[:, w.dim :])
+    assert_within(found[:, : w.dim], *exact_experts(w, x, y))
+    return found[:, : w.dim]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("scales", "group"), [(BF16, 128), (PAIRS, 128), (PAIRS, 64), (PAIRS, 32)])
+def test_every_format(device: Device, bits: int, scales: int, group: int) -> None:
+    rng = np.random.default_rng(bits)
+    w = make_experts(
+        device, rng, dim=200, ffn_dim=72, n_experts=3, bits=bits, scales=scales, group=group
+    )
+    check(device, w, rng, 5)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 16, 24, 32, 64])
+def test_every_number_of_tokens(device: Device, n_tokens: int) -> None:
+    rng = np.random.default_rng(n_tokens)
+    w = make_experts(device, rng, dim=136, ffn_dim=40, n_experts=5)
+    check(device, w, rng, n_tokens)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("has_shared", [True, False])
+def test_every_number_of_visits(device: Device, top_k: int, has_shared: bool) -> None:
+    rng = np.random.default_rng(top_k)
+    w = make_experts(
+        device, rng, dim=136, ffn_dim=40, n_experts=6, top_k=top_k, has_shared=has_shared
+    )
+    check(device, w, rng, 6)
+
+
+@pytest.mark.parametrize("n_experts", [1, 2, 16, 33, 128])
+def test_most_experts_may_be_empty(device: Device, n_experts: int) -> None:
+    rng = np.random.default_rng(n_experts)
+    w = make_experts(device, rng, dim=24, ffn_dim=16, n_experts=n_experts)
+    check(device, w, rng, 3)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_all_tokens_on_one_expert(device: Device, top_k: int) -> None:
+    """A router of zeros: all experts are equal, and the lower numbers go first."""
+    rng = np.random.default_rng(1)
+    router = np.zeros((5, 100))
+    w = make_experts(device, rng, dim=100, ffn_dim=48, n_experts=5, top_k=top_k, router=router)
+    check(device, w, rng, 20)
+
+
+@pytest.mark.parametrize(("dim", "ffn_dim"), [(1, 1), (7, 9), (64, 8), (129, 130), (260, 5)])
+def test_odd_sizes(device: Device, dim: int, ffn_dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    w = make_experts(device, rng, dim=dim, ffn_dim=ffn_dim, n_experts=4, top_k=2)
+    check(device, w, rng, 9)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 13])
+def test_work_shared_by_any_number_of_blocks(device: Device, multiprocessors: int) -> None:
+    device.arrange(seed=multiprocessors, multiprocessors=multiprocessors)
+    rng = np.random.default_rng(multiprocessors)
+    w = make_experts(device, rng, dim=300, ffn_dim=270, n_experts=4)
+    check(device, w, rng, 3)
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_the_same_bits_in_every_order(device: Device, seed: int) -> None:
+    w = make_experts(device, np.random.default_rng(2), dim=150, ffn_dim=140, n_experts=4, top_k=2)
+    first = check(device, w, np.random.default_rng(3), 9)
+    device.arrange(seed=seed)
+    again = check(device, w, np.random.default_rng(3), 9)
+    np.testing.assert_array_equal(first.view(np.uint32), again.view(np.uint32))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_nan_stays_in_its_token(device: Device, top_k: int) -> None:
+    rng = np.random.default_rng(4)
+    w = make_experts(device, rng, dim=130, ffn_dim=40, n_experts=4, top_k=top_k)
+    x, y = make_x(rng, 10, w.dim), make_y(rng, 10, w.dim)
+    x[4, 77] = NAN_BF16
+    found = run_experts_few(device, w, x, y)[:, : w.dim]
+    assert np.isnan(found[4]).all()
+    others = np.arange(10) != 4
+    exact, allowed = exact_experts(w, x[others], y[others])
+    assert_within(found[others], exact, allowed)
+
+
+def test_one_workspace_serves_call_after_call(device: Device) -> None:
+    rng = np.random.default_rng(5)
+    w = make_experts(device, rng, dim=130, ffn_dim=140, n_experts=4)
+    sum_bytes, n_counters, _, _ = experts_few_need(device, w, 17)
+    workspace = make_workspace(device, sum_bytes, n_counters)
+    for n_tokens in (17, 1, 8, 1):
+        x, y = make_x(rng, n_tokens, w.dim), make_y(rng, n_tokens, w.dim)
+        found = run_experts_few(device, w, x, y, workspace=workspace)
+        assert_within(found[:, : w.dim], *exact_experts(w, x, y))
+
+
+@pytest.mark.parametrize("lacking", ["bytes", "counters"])
+def test_too_small_a_workspace_is_refused(device: Device, lacking: str) -> None:
+    rng = np.random.default_rng(6)
+    w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=2)
+    sum_bytes, n_counters, _, _ = experts_few_need(device, w, 1)
+    sizes = [sum_bytes, n_counters]
+    sizes[lacking == "counters"] -= 1
+    with pytest.raises(DeviceError, match=r"\[cuda\] experts of few tokens: the workspace has"):
+        run_experts_few(
+            device, w, make_x(rng, 1, 40), make_y(rng, 1, 40),
+            workspace=make_workspace(device, *sizes),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "limit"), [({}, 64), ({"bits": 8}, 32), ({"scales": PAIRS}, 32)])
+def test_too_many_tokens_are_refused(device: Device, kind: dict[str, int], limit: int) -> None:
+    rng = np.random.default_rng(7)
+    w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=2, **kind)
+    assert experts_few_need(device, w, 1)[3] == limit
+    with pytest.raises(DeviceError, match=f"{limit + 1} tokens; wanted are .* {limit} tokens"):
+        run_experts_few(device, w, make_x(rng, limit + 1, 40), make_y(rng, limit + 1, 40))
+
+
+def test_misaligned_rows_are_refused(device: Device) -> None:
+    rng = np.random.default_rng(8)
+    w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=2)
+    x = np.ascontiguousarray(make_x(rng, 2, 40)[:, :44])
+    with pytest.raises(DeviceError, match=r"rows of x every 44 values; wanted are .* 16 bytes"):
+        run_experts_few(device, w, x, make_y(rng, 2, 40))

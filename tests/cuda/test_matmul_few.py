@@ -1,0 +1,182 @@
+"""Products with a few tokens against NumPy in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_cases import (
+    ADD,
+    BF16,
+    BF16_ROUNDING,
+    GATE_UP,
+    NAN_BF16,
+    PAIRS,
+    STORE,
+    STORE_BF16,
+    SWIGLU,
+    Matrix,
+    assert_sums,
+    assert_within,
+    empty_y,
+    from_bf16,
+    gated,
+    make_matrix,
+    make_workspace,
+    make_x,
+    matmul_few_workspace,
+    run_matmul_few,
+)
+from cuda_device import Device, DeviceError
+
+# Scales, group: None for one scale a row.
+GROUPS = [(BF16, 128), (BF16, 256), (BF16, None)]
+GROUPS += [(PAIRS, group) for group in (32, 64, 96, 128, 256, None)]
+
+
+def check(device: Device, w: Matrix, rng: np.random.Generator, n_tokens: int, output: int) -> Any:
+    """Run, compare, and return y."""
+    x, columns = make_x(rng, n_tokens, w.shape.inputs), w.shape.columns
+    y = empty_y(n_tokens, columns, output)
+    if output == ADD:
+        y[:, :columns] = rng.standard_normal((n_tokens, columns))
+    found = run_matmul_few(device, w, x, output, y=y)
+    np.testing.assert_array_equal(found[:, columns:], y[:, columns:])
+    found, values = found[:, :columns], from_bf16(x)[:, : w.shape.inputs]
+    if output == SWIGLU:
+        exact, off = gated(values, w.w, 1.0, 0.0)
+        assert_within(from_bf16(found), exact, off + BF16_ROUNDING * np.abs(exact))
+    else:
+        assert_sums(found, values, w.w, y[:, :columns] if output == ADD else 0.0)
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("scales", "group"), GROUPS)
+def test_every_format(device: Device, bits: int, scales: int, group: int | None) -> None:
+    rng = np.random.default_rng(bits)
+    rows, inputs = 133, 391
+    w = make_matrix(device, rng, rows, inputs, bits=bits, scales=scales, group=group or inputs)
+    check(device, w, rng, 5, STORE)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 130])
+@pytest.mark.parametrize("scales", [BF16, PAIRS])
+def test_every_number_of_tokens(device: Device, n_tokens: int, scales: int) -> None:
+    rng = np.random.default_rng(n_tokens)
+    w = make_matrix(device, rng, 40, 200, bits=8 if n_tokens % 2 else 4, scales=scales)
+    check(device, w, rng, n_tokens, STORE)
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 8, 63, 64, 65, 127, 128, 129, 640])
+@pytest.mark.parametrize("rows", [1, 15, 16, 130, 257])
+def test_odd_sizes(device: Device, rows: int, inputs: int) -> None:
+    rng = np.random.default_rng(rows * inputs)
+    w = make_matrix(device, rng, rows, inputs)
+    check(device, w, rng, 3, STORE)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scales", [BF16, PAIRS])
+@pytest.mark.parametrize("output", [STORE_BF16, ADD, SWIGLU])
+def test_every_output(device: Device, bits: int, scales: int, output: int) -> None:
+    rng = np.random.default_rng(output)
+    order = GATE_UP if output == SWIGLU else 0
+    w = make_matrix(device, rng, 150, 300, bits=bits, scales=scales, order=order)
+    check(device, w, rng, 11, output)
+
+
+@pytest.mark.parametrize("rows", [2, 14, 16, 18, 146])
+def test_gate_and_up_meet_whatever_their_number(device: Device, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    w = make_matrix(device, rng, rows, 130, order=GATE_UP)
+    check(device, w, rng, 3, SWIGLU)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 7, 16, 40])
+def test_row_blocks_shared_by_any_number_of_blocks(device: Device, multiprocessors: int) -> None:
+    device.arrange(seed=multiprocessors, multiprocessors=multiprocessors)
+    rng = np.random.default_rng(multiprocessors)
+    w = make_matrix(device, rng, 270, 1100)  # 3 row blocks of 9 chunks
+    check(device, w, rng, 2, ADD)
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_the_same_bits_in_every_order(device: Device, seed: int) -> None:
+    rng = np.random.default_rng(3)
+    w = make_matrix(device, rng, 140, 900, scales=PAIRS, group=64)
+    first = check(device, w, np.random.default_rng(4), 9, STORE)
+    device.arrange(seed=seed)
+    again = check(device, w, np.random.default_rng(4), 9, STORE)
+    np.testing.assert_array_equal(first.view(np.uint32), again.view(np.uint32))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_has_the_same_bits_in_any_company(device: Device, bits: int) -> None:
+    """Among as many others as one pass takes, that is: the grid and so the split stay."""
+    rng = np.random.default_rng(5)
+    w = make_matrix(device, rng, 100, 700, bits=bits)
+    x = make_x(rng, 8, 700)
+    all_of_them = run_matmul_few(device, w, x)
+    alone = run_matmul_few(device, w, x[5:6])
+    np.testing.assert_array_equal(alone[0].view(np.uint32), all_of_them[5].view(np.uint32))
+
+
+def test_nan_stays_in_its_token(device: Device) -> None:
+    rng = np.random.default_rng(6)
+    w = make_matrix(device, rng, 70, 500)
+    x = make_x(rng, 10, 500)
+    clean = run_matmul_few(device, w, x)[:, :70]
+    x[4, 77] = NAN_BF16
+    y = run_matmul_few(device, w, x)[:, :70]
+    others = np.arange(10) != 4
+    assert np.isnan(y[4]).all()
+    np.testing.assert_array_equal(y[others], clean[others])
+
+
+def test_extremes_are_exact(device: Device) -> None:
+    """Every value a weight can have, one at a time."""
+    for bits in (4, 8):
+        values = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+        w = make_matrix(device, np.random.default_rng(7), len(values), 128, bits=bits)
+        x = make_x(np.random.default_rng(8), 1, 128)
+        x[:] = 0
+        x[0, 9] = 0x3F80  # 1
+        y = run_matmul_few(device, w, x)
+        np.testing.assert_array_equal(y[0, : len(values)], w.w[:, 9])
+
+
+def test_one_workspace_serves_call_after_call(device: Device) -> None:
+    rng = np.random.default_rng(9)
+    large, small = (make_matrix(device, rng, *size) for size in [(300, 640), (30, 384)])
+    workspace = matmul_few_workspace(device, large, 16)
+    for w, n_tokens in [(large, 16), (small, 1), (large, 3), (small, 9)]:
+        x = make_x(rng, n_tokens, w.shape.inputs)
+        y = run_matmul_few(device, w, x, workspace=workspace)
+        assert_sums(y[:, : w.shape.rows], from_bf16(x)[:, : w.shape.inputs], w.w)
+
+
+@pytest.mark.parametrize("lacking", ["bytes", "counters"])
+def test_too_small_a_workspace_is_refused(device: Device, lacking: str) -> None:
+    rng = np.random.default_rng(10)
+    w = make_matrix(device, rng, 300, 128)
+    full = matmul_few_workspace(device, w, 1)
+    sizes = [full.sums.n_bytes, full.counters.n_bytes // 4]
+    sizes[lacking == "counters"] -= 1
+    with pytest.raises(DeviceError, match=r"\[cuda\] matmul of few tokens: the workspace has"):
+        run_matmul_few(device, w, make_x(rng, 1, 128), workspace=make_workspace(device, *sizes))
+
+
+def test_misaligned_rows_are_refused(device: Device) -> None:
+    rng = np.random.default_rng(11)
+    w = make_matrix(device, rng, 16, 128)
+    x = np.ascontiguousarray(make_x(rng, 2, 128)[:, :132])
+    with pytest.raises(DeviceError, match=r"rows of x every 132 values; wanted are .* 16 bytes"):
+        run_matmul_few(device, w, x)
+
+
+def test_no_tokens_are_no_work(device: Device) -> None:
+    w = make_matrix(device, np.random.default_rng(12), 16, 128)
+    assert run_matmul_few(device, w, np.zeros((0, 128), np.uint16)).shape[0] == 0

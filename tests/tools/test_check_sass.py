@@ -1,0 +1,72 @@
+"""What tools/check_sass.py reads out of listings and logs, without CUDA's tools."""
+
+from __future__ import annotations
+
+import pytest
+
+import check_sass
+
+LISTING = """
+Fatbin elf code:
+================
+arch = sm_90a
+code for sm_90a
+\t\tFunction : _ZN7camelid4cuda12_GLOBAL__N_114run_matmul_fewI5ShapeEEvv
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;     /* 0x00000a0000017b82 */
+                                                              /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R4], [R2.64] ;   /* 0x0 */
+        /*0020*/                   LDSM.16.M88.4 R8, [R4] ;   /* 0x0 */
+        /*0030*/             @!UP1 HMMA.16816.F32.BF16 R12, R8, R2, R12 ;   /* 0x0 */
+"""
+
+
+def kernels_of(text: str) -> list[check_sass.Kernel]:
+    return check_sass.read_kernels(iter(text.splitlines(keepends=True)))
+
+
+@pytest.fixture(autouse=True)
+def _only_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_sass, "MEANT", {"run_matmul_few": check_sass._STREAM})
+
+
+def test_kernels_and_their_instructions_are_read() -> None:
+    (kernel,) = kernels_of(LISTING)
+    assert kernel.arch == "sm_90a"
+    assert kernel.counts.total() == 4
+    assert kernel.has(r"HMMA\.16816") == kernel.has("LDGSTS") == 1
+    assert list(check_sass.violations([kernel])) == []
+
+
+@pytest.mark.parametrize("lacking", ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"])
+def test_a_missing_instruction_is_named(lacking: str) -> None:
+    found = check_sass.violations(kernels_of(LISTING.replace(lacking, "NOP")))
+    ((_, why),) = found
+    assert why.replace("\\", "") == f"no instruction {lacking}"
+
+
+@pytest.mark.parametrize("name", ["LDL", "LDL.LU", "STL.64"])
+def test_local_memory_is_found_in_any_kernel(name: str) -> None:
+    other = LISTING.replace("run_matmul_few", "other").replace("LDC", name)
+    whys = [why for _, why in check_sass.violations(kernels_of(LISTING + other))]
+    assert len(whys) == 1
+    assert "local memory" in whys[0]
+
+
+def test_a_kernel_that_is_gone_is_named() -> None:
+    found = check_sass.violations(kernels_of(LISTING.replace("run_matmul_few", "renamed")))
+    assert [why for _, why in found] == ["there is no such kernel"]
+
+
+def test_spills_and_serialised_wgmma_are_read_from_the_log() -> None:
+    log = """
+ptxas info    : Compiling entry function '_Z5cleanv' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function '_Z4fullv' for 'sm_90a'
+    32 bytes stack frame, 0 bytes spill stores, 44 bytes spill loads
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+"""
+    spill, serial = check_sass.log_violations(log)
+    assert "full" in spill
+    assert "44 bytes spill loads" in spill
+    assert "serialized" in serial

@@ -1,0 +1,158 @@
+"""Look at what the compiler made of the GPU kernels: registers kept, instructions as meant.
+
+    python tools/check_sass.py build/cuda --log build.log
+
+Reads the machine code of every kernel in the build's library with cuobjdump (which wants nvdisasm
+beside it; the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm have them where CUDA's toolkit
+does not). Fails when a kernel lacks an instruction that its speed rests on, when one of ours keeps
+anything in local memory, or when ptxas wrote in the log that it spilled or serialised wgmma.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's machine code, counted."""
+
+    name: str  # mangled
+    arch: str
+    counts: Counter[str]  # of instructions, modifiers included
+
+    def has(self, pattern: str) -> int:
+        """Return how many instructions begin so."""
+        return sum(n for name, n in self.counts.items() if re.match(pattern, name))
+
+
+# Kernels by a part of their mangled name, and what they must have. 16 bytes at a time, past L1;
+# whole matrices out of shared memory; products on tensor cores.
+_STREAM = (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4")
+MEANT = {
+    "run_matmul_few": _STREAM,
+    "run_experts_few": _STREAM,
+    "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
+    "cutlass13device_kernel": (r"[HQ]GMMA\.64x", r"UTMALDG"),
+}
+LOCAL_MEMORY = r"(LDL|STL)(\.|$)"
+
+
+# ---- reading ----
+def find_cuobjdump() -> Path | None:
+    """Return a cuobjdump that has nvdisasm beside it."""
+    folders = [*os.get_exec_path(), *(f"{path}/nvidia/cu13/bin" for path in sys.path)]
+    folders += [f"{path}/nvidia/cuda_{tool}/bin" for path in sys.path
+                for tool in ("cuobjdump", "nvdisasm")]  # fmt: skip
+    tools = {name: shutil.which(name, path=os.pathsep.join(folders))
+             for name in ("cuobjdump", "nvdisasm")}  # fmt: skip
+    if tools["cuobjdump"] is None or tools["nvdisasm"] is None:
+        return None
+    return Path(tools["cuobjdump"])
+
+
+def disassemble(cuobjdump: Path, library: Path) -> Iterator[str]:
+    command = [str(cuobjdump), "-sass", str(library)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode != 0:
+        sys.exit(f"[sass] {' '.join(command)} failed")
+
+
+def read_kernels(lines: Iterator[str]) -> list[Kernel]:
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    kernels: list[Kernel] = []
+    arch = ""
+    for line in lines:
+        if found := instruction.match(line):
+            kernels[-1].counts[found[1]] += 1
+        elif found := re.match(r"\s*Function : (\S+)", line):
+            kernels.append(Kernel(found[1], arch, Counter()))
+        elif found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+    return kernels
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Return names as people read them, without the namespaces and arguments of ours."""
+    if shutil.which("c++filt") is None:
+        return names
+    listing = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
+    shorter = listing.replace("(anonymous namespace)::", "").replace("camelid::cuda::", "")
+    return [re.sub(r"^void |(?<=[\w>])\(.*", "", line)[:80] for line in shorter.splitlines()]
+
+
+# ---- judging ----
+def violations(kernels: list[Kernel]) -> Iterator[tuple[Kernel, str]]:
+    for kernel in kernels:
+        if n := kernel.has(LOCAL_MEMORY):
+            yield kernel, f"{n} accesses of local memory: registers spill, or arrays are indexed"
+        for part, patterns in MEANT.items():
+            if part in kernel.name:
+                for pattern in patterns:
+                    if not kernel.has(pattern):
+                        yield kernel, f"no instruction {pattern}"
+    for part in MEANT:
+        if not any(part in kernel.name for kernel in kernels):
+            yield Kernel(part, "any", Counter()), "there is no such kernel"
+
+
+def log_violations(log: str) -> Iterator[str]:
+    entry = "(before the first kernel)"
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            entry = f"{demangled([found[1]])[0]} for {found[2]}"
+        if re.search(r"[1-9]\d* bytes spill", line) or re.search(r"(?i)wgmma.*seriali", line):
+            yield f"{entry}: {line.strip()}"
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    columns = {
+        "HMMA": "HMMA", "GMMA": "[HQ]GMMA", "LDGSTS": "LDGSTS", "LDSM": "LDSM",
+        "local": LOCAL_MEMORY,
+    }  # fmt: skip
+    print("arch     total " + " ".join(f"{name:>6}" for name in columns) + "  kernel")
+    for kernel, name in zip(kernels, demangled([k.name for k in kernels]), strict=True):
+        counts = " ".join(f"{kernel.has(pattern):6}" for pattern in columns.values())
+        print(f"{kernel.arch:8} {kernel.counts.total():5} {counts}  {name}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("build", type=Path, nargs="?", help="folder with libcamelid_cuda.a")
+    parser.add_argument("--log", type=Path, help="what the build printed")
+    parser.add_argument("--table", action="store_true", help="print counts of every kernel")
+    options = parser.parse_args()
+    bad = list(log_violations(options.log.read_text())) if options.log else []
+    if options.build:
+        cuobjdump = find_cuobjdump()
+        if cuobjdump is None:
+            sys.exit("[sass] no cuobjdump that has an nvdisasm: install CUDA's toolkit, or the "
+                     "wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")  # fmt: skip
+        kernels = read_kernels(disassemble(cuobjdump, options.build / "libcamelid_cuda.a"))
+        if options.table:
+            print_table(kernels)
+        found = list(violations(kernels))
+        names = demangled([kernel.name for kernel, _ in found])
+        bad += [f"{name} for {kernel.arch}: {why}"
+                for name, (kernel, why) in zip(names, found, strict=True)]  # fmt: skip
+        print(f"[sass] {len(kernels)} kernels looked at")
+    print("\n".join([*bad, f"[sass] {len(bad)} violations"]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
