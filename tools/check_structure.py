@@ -45,8 +45,8 @@ BELONGS = [
     ),
     (
         re.compile(r"\basm\b"),
-        ("cuda/device", "tests/cuda", "src", "benchmarks/cpp"),
-        "inline assembly belongs in cuda/device/",
+        ("cuda/device", "cuda/sm90", "tests/cuda", "src", "benchmarks/cpp"),
+        "inline assembly belongs in cuda/device/, and Hopper's in cuda/sm90/",
     ),
     (
         re.compile(r"#\s*(if|ifdef|ifndef|elif)\b.*\b(WITH|HAVE|USE|ENABLE|CAMELID)\w*_CUDA\b"),

@@ -43,9 +43,9 @@
 
 #include <algorithm>
 
-#include "device/hopper.cuh"
 #include "ops/expand.cuh"
 #include "ops/grouped_finish.cuh"
+#include "sm90/hopper.cuh"
 
 namespace camelid::cuda::sm90 {
 namespace {

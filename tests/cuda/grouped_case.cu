@@ -1,8 +1,9 @@
-// C functions over grouped products and the routing of many tokens, for tests on the emulated device.
+// C functions over grouped products and the routing of many tokens, for tests on the emulated
+// device.
 #include <algorithm>
 #include <iterator>
 
-#include "machine.h"
+#include "case.h"
 #include "ops/grouped.h"
 #include "ops/route_many.h"
 #include "sm90/grouped.h"
@@ -58,7 +59,7 @@ int case_grouped(const CaseProduct* c, const TilePointers* groups, const std::ui
                  const std::int32_t* x_rows, const std::int32_t* y_rows, const float* factors,
                  const TokenTile* tiles, const std::int32_t* first_tile,
                  const std::int32_t* last_tile) {
-  return emulated::caught([&] {
+  return caught([&] {
     GroupedProduct p;
     p.shape = shape_of(c->shape);
     p.groups = groups;
@@ -104,7 +105,8 @@ std::int64_t case_route_bytes(const CaseRoute* c) {
   return static_cast<std::int64_t>(routes_bytes(route_of(*c)));
 }
 
-// Where in the memory token, factor, visits, tiles and tile_ends lie, and how many tiles there may be.
+// Where in the memory token, factor, visits, tiles and tile_ends lie, and how many tiles there may
+// be.
 void case_route_places(const CaseRoute* c, std::byte* memory, std::int64_t* places) {
   const Routes routes = routes_in(route_of(*c), memory);
   const auto at = [&](const void* pointer) {
@@ -116,13 +118,13 @@ void case_route_places(const CaseRoute* c, std::byte* memory, std::int64_t* plac
 }
 
 int case_route(const CaseRoute* c, const float* logits, std::byte* memory) {
-  return emulated::caught(
+  return caught(
       [&] { route_many(route_of(*c), logits, routes_in(route_of(*c), memory), nullptr); });
 }
 
 int case_combine(const CaseRoute* c, std::byte* memory, const float* rows, std::int64_t rows_stride,
                  float* y, std::int64_t y_stride, std::int32_t dim) {
-  return emulated::caught([&] {
+  return caught([&] {
     combine_rows(route_of(*c), routes_in(route_of(*c), memory),
                  {rows, rows_stride, y, y_stride, dim}, nullptr);
   });

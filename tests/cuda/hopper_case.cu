@@ -1,9 +1,9 @@
-// Kernels that use each name of cuda/device/hopper.cuh, right or with one mistake, for tests of its
+// Kernels that use each name of cuda/sm90/hopper.cuh, right or with one mistake, for tests of its
 // twin.
 #include <cstdint>
 
-#include "device/hopper.cuh"
-#include "machine.h"
+#include "case.h"
+#include "sm90/hopper.cuh"
 
 namespace camelid::cuda {
 namespace {
@@ -112,7 +112,7 @@ extern "C" {
 
 int test_products(int columns, int bug, const std::uint16_t* a, const std::uint16_t* b, float* d,
                   int n_steps, int offset) {
-  return emulated::caught([&] {
+  return caught([&] {
     const Case c{static_cast<Bug>(bug), a, b, d, n_steps, offset};
     Launch how;
     how.threads = kWarpgroup + kWarp;
@@ -125,7 +125,7 @@ int test_products(int columns, int bug, const std::uint16_t* a, const std::uint1
 }
 
 int test_barrier(int threads, int arrivals) {
-  return emulated::caught([&] {
+  return caught([&] {
     Launch how;
     how.threads = threads;
     how.shared_bytes = 8;

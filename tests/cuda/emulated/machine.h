@@ -32,7 +32,7 @@ struct Copy {
   bool executed;
 };
 
-// A warpgroup's product as one of its threads asked for it; device/hopper.cuh executes it.
+// A warpgroup's product as one of its threads asked for it; sm90/hopper.cuh executes it.
 struct Product {
   float* d;                // its part of the sums
   const std::uint32_t* a;  // of the fragment, in registers: read when the product is executed

@@ -1,6 +1,6 @@
-// The twin of cuda/device/hopper.cuh on the CPU. A product may be executed at once or only when it is
-// waited for, with the registers and the shared memory of that moment; and an arrival that waits for
-// copies comes when somebody needs it. Not watched: how many registers a warpgroup has.
+// The twin of cuda/sm90/hopper.cuh on the CPU. A product may be executed at once or only when it is
+// waited for, with the registers and the shared memory of that moment; and an arrival that waits
+// for copies comes when somebody needs it. Not watched: how many registers a warpgroup has.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // What only Hopper (sm_90a) knows: barriers in shared memory that copies arrive at, products by a
 // whole warpgroup that do not wait, and registers handed from one warpgroup to another. Like
-// ptx.cuh it knows no shape and no kernel; tests/cuda/emulated/device/hopper.cuh is its twin.
+// ptx.cuh it knows no shape and no kernel; tests/cuda/emulated/sm90/hopper.cuh is its twin.
 #pragma once
 
 #include <cstdint>
