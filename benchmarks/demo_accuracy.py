@@ -2,9 +2,10 @@
 
 Uses camelid's public API alone.
 
-Every question is about a fact of a document of 1,000 to 1,200 tokens; no fact in these documents
-was stated in training (see `camelid.demo_corpus`). An answer counts when the whole text is right,
-character for character.
+Every question is about a fact of a document of 1,000 to 1,200 tokens, or with --pictures about a
+picture; no fact in these documents was stated in training, and nothing in the pictures was shown
+where it stands (see `camelid.demo_corpus` and `camelid.demo_scenes`). An answer counts when the
+whole text is right, character for character.
 
     python benchmarks/demo_accuracy.py FOLDER --weights int4 \\
         --json benchmarks/results/demo_accuracy_int4.json
@@ -18,30 +19,39 @@ import platform
 import random
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import camelid
-from camelid import demo_corpus
-from camelid.tokenizer import Tokenizer
+from camelid import demo_corpus, demo_scenes
 
-FRAME = (
-    "<|begin_of_text|><|header_start|>user<|header_end|>\n\n{}<|eot|>"
-    "<|header_start|>assistant<|header_end|>\n\n"
-)
+Case = tuple[Any, str, str]  # the user message's content, the right answer, the kind of question
 
 
-def write_questions(
-    seed: int, n_questions: int, n_tokens: tuple[int, int]
-) -> list[tuple[str, str, str]]:
-    """Return (user message, right answer, relation), ten questions to a document."""
+def write_questions(seed: int, n_questions: int, n_tokens: tuple[int, int]) -> list[Case]:
+    """Ask ten questions of each document; their kind is the relation."""
     rng = random.Random(seed)
-    cases: list[tuple[str, str, str]] = []
+    cases: list[Case] = []
     while len(cases) < n_questions:
         document = demo_corpus.make_document(rng, n_tokens_target=rng.randint(*n_tokens))
         for i in rng.sample(range(len(document.questions)), 10):
             question, answer = document.questions[i]
             content = demo_corpus.user_message(document.text, question)
             cases.append((content, answer, document.facts[i].relation))
+    return cases[:n_questions]
+
+
+def draw_questions(seed: int, n_questions: int) -> list[Case]:
+    """Ask five questions of each picture; their kind is their first two words."""
+    rng = random.Random(seed)
+    cases: list[Case] = []
+    while len(cases) < n_questions:
+        scene = demo_scenes.make_scene(rng)
+        image = {"type": "image", "image": scene.draw()}
+        for question, answer in rng.sample(scene.questions, 5):
+            content = [image, {"type": "text", "text": question}]
+            cases.append((content, answer, " ".join(question.split()[:2])))
     return cases[:n_questions]
 
 
@@ -58,27 +68,31 @@ def main() -> None:
         "--tokens", type=int, nargs=2, default=(1000, 1200), help="shortest and longest document"
     )
     parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=20, help="prompts handed over at once")
+    parser.add_argument("--pictures", action="store_true", help="ask about pictures")
+    parser.add_argument("--batch", type=int, default=20, help="questions asked at once")
     parser.add_argument("--json", type=Path, help="write the result here too")
     args = parser.parse_args()
 
     llm = camelid.LLM(str(args.folder), weights=args.weights, device=args.device)
-    tokenizer = Tokenizer.from_folder(str(args.folder))
     params = camelid.SamplingParams(max_tokens=24, temperature=0)
-    cases = write_questions(args.seed, args.questions, tuple(args.tokens))
-    prompts = [
-        tokenizer.encode(FRAME.format(content), allow_special=True) for content, _, _ in cases
-    ]
+    if args.pictures:
+        cases = draw_questions(args.seed, args.questions)
+    else:
+        cases = write_questions(args.seed, args.questions, tuple(args.tokens))
     start = time.monotonic()
-    answers: list[str] = []
-    for first in range(0, len(prompts), args.batch):
-        completions = llm.generate(prompts[first : first + args.batch], params)
-        answers += [completion.text for completion in completions]
+    with ThreadPoolExecutor(args.batch) as threads:
+        completions = list(
+            threads.map(
+                lambda case: llm.chat([{"role": "user", "content": case[0]}], params), cases
+            )
+        )
     seconds = time.monotonic() - start
+    answers = [completion.text for completion in completions]
+    n_prompt_tokens = sum(completion.usage.prompt_tokens for completion in completions)
 
     right = [given == wanted for given, (_, wanted, _) in zip(answers, cases, strict=True)]
-    asked = Counter(relation for _, _, relation in cases)
-    hits = Counter(relation for (_, _, relation), hit in zip(cases, right, strict=True) if hit)
+    asked = Counter(kind for _, _, kind in cases)
+    hits = Counter(kind for (_, _, kind), hit in zip(cases, right, strict=True) if hit)
     wrong = [
         {"wanted": wanted, "given": given}
         for given, (_, wanted, _), hit in zip(answers, cases, right, strict=True)
@@ -86,13 +100,14 @@ def main() -> None:
     ]
     result = {
         "benchmark": "demo_accuracy",
+        "about": "pictures" if args.pictures else "documents",
         "weights": args.weights,
         "device": args.device,
         "questions": len(cases),
-        "mean_prompt_tokens": round(sum(map(len, prompts)) / len(prompts), 1),
+        "mean_prompt_tokens": round(n_prompt_tokens / len(cases), 1),
         "seed": args.seed,
         "exact_match": sum(right) / len(right),
-        "by_relation": {name: hits[name] / n for name, n in sorted(asked.items())},
+        "by_kind": {name: hits[name] / n for name, n in sorted(asked.items())},
         "wrong": wrong[:20],
         "seconds": round(seconds, 1),
         "machine": f"{platform.machine()} {platform.system()}",

@@ -1,7 +1,7 @@
 """Files of the demo model: its tokenizer, the float32 folder and the INT4 folder.
 
 Owns every file format; knows nothing about training. Both folders load in transformers (float32) or
-in camelid (both).
+in camelid (both). Without a vision tower they hold the text model alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor
 
 from demo_model import DemoConfig, Llama4Demo, quantise_int4
+from demo_vision import IMAGE_CONFIG, DemoVision, vision_sizes
 
 # The split pattern of Llama 4 itself (o200k), so the demo exercises the same text path as the real
 # models.
@@ -32,6 +33,12 @@ SPECIALS = [
     "<|eom|>",
     "<|eot|>",
     "<|finetune_right_pad|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+    "<|image|>",
+    "<|patch|>",
 ]
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
@@ -39,7 +46,7 @@ CHAT_TEMPLATE = (
     "{{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}"
     "{%- if message['content'] is string %}{{- message['content'] }}"
     "{%- else %}{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}"
+    "{{- '<|image|>' if part['type'] == 'image' else part['text'] }}"
     "{%- endfor %}{%- endif %}"
     "{{- '<|eot|>' }}"
     "{%- endfor %}"
@@ -143,26 +150,35 @@ def stems(content: dict[str, Any]) -> list[str]:
     return [word if i >= 256 else f"byte {i}" for i, word in enumerate(words)]
 
 
-def export_float(model: Llama4Demo, tokenizer: dict[str, Any], folder: Path) -> None:
+def export_float(
+    model: Llama4Demo, vision: DemoVision | None, tokenizer: dict[str, Any], folder: Path
+) -> None:
     """Write the float32 checkpoint in transformers' layout (fused experts)."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _write_folder(folder, model.config, tokenizer, tensors, {"torch_dtype": "float32"})
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    _write_folder(folder, model.config, vision, tokenizer, tensors, torch.float32, {})
 
 
-def export_int4(model: Llama4Demo, tokenizer: dict[str, Any], folder: Path, *, group: int) -> None:
+def export_int4(
+    model: Llama4Demo,
+    vision: DemoVision | None,
+    tokenizer: dict[str, Any],
+    folder: Path,
+    *,
+    group: int,
+) -> None:
     """Write the INT4 checkpoint: compressed-tensors pack-quantized, per-expert linears.
 
-    Embedding, norms and router stay bf16.
+    Embedding, norms, router and vision tower stay bf16.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         for linear, weight in _linears(name, tensor.detach()):
             if weight is None:
-                tensors[linear] = tensor.detach().bfloat16().contiguous()
+                tensors[linear] = tensor.detach().bfloat16()
                 continue
             q, scale = quantise_int4(weight, group)
             tensors[f"{linear}.weight_packed"] = _pack(q.reshape(weight.shape))
-            tensors[f"{linear}.weight_scale"] = scale.squeeze(-1).bfloat16().contiguous()
+            tensors[f"{linear}.weight_scale"] = scale.squeeze(-1).bfloat16()
             tensors[f"{linear}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
     weights = {
         "num_bits": 4,
@@ -183,16 +199,23 @@ def export_int4(model: Llama4Demo, tokenizer: dict[str, Any], folder: Path, *, g
                 "output_activations": None,
             }
         },
-        "ignore": ["lm_head", "re:.*router"],
+        "ignore": [
+            "re:.*lm_head",
+            "re:.*router",
+            "re:vision_model.*",
+            "re:multi_modal_projector.*",
+        ],
         "kv_cache_scheme": None,
     }
-    extra = {"torch_dtype": "bfloat16", "quantization_config": quantization}
-    _write_folder(folder, model.config, tokenizer, tensors, extra)
+    extra = {"quantization_config": quantization}
+    _write_folder(folder, model.config, vision, tokenizer, tensors, torch.bfloat16, extra)
 
 
 @torch.no_grad()
-def round_to_checkpoint(model: Llama4Demo, *, group: int) -> None:
+def round_to_checkpoint(model: Llama4Demo, vision: DemoVision, *, group: int) -> None:
     """Replace every weight by the value the INT4 checkpoint stores."""
+    for tensor in vision.state_dict().values():
+        tensor.copy_(tensor.bfloat16().float())
     for name, tensor in model.state_dict().items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             q, scale = quantise_int4(tensor.transpose(1, 2), group)
@@ -233,8 +256,10 @@ def _pack(q: Tensor) -> Tensor:
 def _write_folder(
     folder: Path,
     config: DemoConfig,
+    vision: DemoVision | None,
     tokenizer: dict[str, Any],
     tensors: dict[str, Tensor],
+    dtype: torch.dtype,
     extra: dict[str, Any],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,24 +270,25 @@ def _write_folder(
         "eos_token_id": stops,
         "pad_token_id": ids["<|finetune_right_pad|>"],
     }
-    model_config = {
-        "architectures": ["Llama4ForCausalLM"],
-        "model_type": "llama4_text",
-        **vars(config),
-        "intermediate_size_mlp": config.intermediate_size,
-        "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 1,
-        "no_rope_layer_interval": 3,
-        "use_qk_norm": True,
-        "attn_temperature_tuning": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "rope_scaling": None,
-        "tie_word_embeddings": True,
-        **special,
-        **extra,
-    }
+    extra = {"torch_dtype": str(dtype).removeprefix("torch."), **extra}
+    text = _text_config(config) | special
+    if vision is None:
+        model_config = {"architectures": ["Llama4ForCausalLM"], **text, **extra}
+    else:
+        model_config = {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            "tie_word_embeddings": True,
+            "boi_token_index": ids["<|image_start|>"],
+            "eoi_token_index": ids["<|image_end|>"],
+            "image_token_index": ids["<|patch|>"],
+            "text_config": text,
+            "vision_config": vision_sizes(),
+            **extra,
+        }
+        tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+        for name, tensor in vision.state_dict().items():
+            tensors[name] = tensor.detach().to(dtype)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin_of_text|>",
@@ -278,14 +304,58 @@ def _write_folder(
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": tokenizer_config,
     }
+    if vision is not None:
+        files["preprocessor_config.json"] = _image_config()
+        files["processor_config.json"] = {
+            "processor_class": "Llama4Processor",
+            "patch_size": vision_sizes()["patch_size"],
+            "pixel_shuffle_ratio": vision_sizes()["pixel_shuffle_ratio"],
+            "fake_image_token": "<|image|>",
+        }
     for name, content in files.items():
-        text = json.dumps(
-            content, indent=None if name == "tokenizer.json" else 2, ensure_ascii=False
-        )
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        indent = None if name == "tokenizer.json" else 2
+        written = json.dumps(content, indent=indent, ensure_ascii=False)
+        (folder / name).write_text(written + "\n", encoding="utf-8")
     weights = folder / "model.safetensors"
-    save_file(tensors, str(weights), metadata={"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, str(weights), metadata={"format": "pt"})
     weights.chmod(0o644)  # save_file leaves it readable by its writer alone
+
+
+def _text_config(config: DemoConfig) -> dict[str, Any]:
+    return {
+        "model_type": "llama4_text",
+        **vars(config),
+        "intermediate_size_mlp": config.intermediate_size,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layer_interval": 3,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+    }
+
+
+def _image_config() -> dict[str, Any]:
+    side = IMAGE_CONFIG.tile_side
+    return {
+        "image_processor_type": "Llama4ImageProcessor",
+        "size": {"height": side, "width": side},
+        "max_patches": IMAGE_CONFIG.max_tiles,
+        "resize_to_max_canvas": IMAGE_CONFIG.use_max_canvas,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": IMAGE_CONFIG.rescale_factor,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_CONFIG.mean),
+        "image_std": list(IMAGE_CONFIG.std),
+    }
 
 
 def _byte_alphabet() -> list[str]:

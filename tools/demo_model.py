@@ -52,6 +52,9 @@ class Batch:
     branch_ids: Tensor  # int64 [n_documents, branch_length]; -1 on padding
     offsets: Tensor  # int64 [n_documents, branch_length], position inside the branch
     targets: Tensor  # int64 [n_documents, branch_length]; -100 where nothing is learned
+    # Of images: which document tokens they stand for, and their features [n_features, hidden].
+    is_feature: Tensor | None = None  # bool [n_documents, document_length]
+    features: Tensor | None = None
 
 
 class _RoundToInt4(torch.autograd.Function):
@@ -78,6 +81,16 @@ def quantise_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (groups / scale).round().clamp(-8, 7), scale
 
 
+def round_to_int8(x: Tensor, block: int) -> Tensor:
+    """Round activations as `compute="fast"` does, a scale for each token's `block` of inputs.
+
+    The gradient passes straight through.
+    """
+    blocks = x.detach().reshape(*x.shape[:-1], -1, block)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
+    return x + ((blocks / scale).round() * scale).reshape(x.shape) - x.detach()
+
+
 class Llama4Demo(nn.Module):
     """Llama 4 text model with tied embeddings; every layer is a mixture of experts."""
 
@@ -94,26 +107,37 @@ class Llama4Demo(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits of the learned positions [n_targets, vocab] and the balance loss."""
         hidden, balance = self.hidden(batch)
-        learned = batch.targets >= 0
-        return self.model.norm(hidden[1][learned]) @ self.model.embed_tokens.weight.T, balance
+        return self.head(hidden[1][batch.targets >= 0]), balance
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits [n, vocab] of the residual stream [n, hidden]."""
+        return self.model.norm(hidden) @ self.model.embed_tokens.weight.T
 
     def hidden(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the residual stream of documents and branches before the final norm."""
         geometry = _Geometry(batch, self.config)
-        xs = (self.model.embed_tokens(batch.document), self.model.embed_tokens(batch.branches))
+        document = self.model.embed_tokens(batch.document)
+        if batch.is_feature is not None and batch.features is not None:
+            document = document.masked_scatter(batch.is_feature[..., None], batch.features)
+        xs = (document, self.model.embed_tokens(batch.branches))
         balance = xs[0].new_zeros(())
         for layer in self.model.layers:
             xs, layer_balance = layer(xs, geometry)
             balance = balance + layer_balance
         return xs, balance / len(self.model.layers)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(
+        self, tokens: Tensor, is_feature: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
         """Return logits [n_tokens, vocab] of one plain sequence [n_tokens]."""
         n = tokens.numel()
         none = tokens.new_zeros((1, 0))
-        batch = Batch(tokens[None], tokens.new_tensor([n]), none, none, none, none)
+        places = None if is_feature is None else is_feature[None]
+        batch = Batch(
+            tokens[None], tokens.new_tensor([n]), none, none, none, none, places, features
+        )
         (document, _), _ = self.hidden(batch)
-        return self.model.norm(document[0]) @ self.model.embed_tokens.weight.T
+        return self.head(document[0])
 
 
 class _Geometry:
@@ -191,11 +215,17 @@ class _RmsNorm(nn.Module):
 
 
 class _Linear(nn.Linear):
-    """A linear that can train through INT4 rounding; `fake_group` 0 means exact weights."""
+    """A linear that can train through rounding.
+
+    `fake_group` 0 means exact weights, `fake_block` 0 exact activations.
+    """
 
     fake_group = 0
+    fake_block = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fake_block:
+            x = round_to_int8(x, self.fake_block)
         return F.linear(
             x, _RoundToInt4.apply(self.weight, self.fake_group) if self.fake_group else self.weight
         )
@@ -280,10 +310,12 @@ class _Experts(nn.Module):
             "down_proj": (width, hidden),
         }.items():
             self.shared_expert.add_module(name, _Linear(*shape, bias=False))
-        self.fake_group = 0
+        self.fake_group = self.fake_block = 0
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.router(h)
+        if self.fake_block:
+            h = round_to_int8(h, self.fake_block)
         best, chosen = logits.max(-1)
         order = chosen.argsort()
         counts = chosen.bincount(minlength=logits.shape[1])
@@ -299,7 +331,10 @@ class _Experts(nn.Module):
             [x @ w for x, w in zip(routed.split(counts.tolist()), gate_up_proj, strict=True)]
         )
         gate, up = gate_up.chunk(2, -1)
-        inner = (F.silu(gate) * up).split(counts.tolist())
+        act = F.silu(gate) * up
+        if self.fake_block:
+            act = round_to_int8(act, self.fake_block)
+        inner = act.split(counts.tolist())
         out = torch.cat([x @ w for x, w in zip(inner, down_proj, strict=True)])
         shared = self.shared_expert
         both = shared.down_proj(F.silu(shared.gate_proj(h)) * shared.up_proj(h)).index_add(
@@ -315,6 +350,13 @@ def set_fake_int4(model: Llama4Demo, group: int) -> None:
     for module in model.modules():
         if isinstance(module, (_Linear, _Experts)):
             module.fake_group = group
+
+
+def set_fake_int8(model: Llama4Demo, block: int) -> None:
+    """Make every quantised linear round its inputs to int8 (0 switches back)."""
+    for module in model.modules():
+        if isinstance(module, (_Linear, _Experts)):
+            module.fake_block = block
 
 
 def _rotation(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -380,10 +422,7 @@ def construct_lookup(model: Llama4Demo, stems: list[str], *, seed: int) -> None:
     embedding = model.model.embed_tokens.weight
     codes: dict[str, Tensor] = {}
     for token, stem in enumerate(stems):
-        if stem not in codes:
-            codes[stem] = F.normalize(torch.randn(_IDENTITY, generator=generator), dim=0)
-        own = F.normalize(torch.randn(_IDENTITY, generator=generator), dim=0)
-        embedding[token, :_IDENTITY] = F.normalize(codes[stem] + 0.35 * own, dim=0)
+        token_code(embedding[token], stem, codes, generator)
         embedding[token, _CONSTANT] = 0.5
     projection = torch.linalg.qr(torch.randn(_IDENTITY, 64, generator=generator))[
         0
@@ -392,6 +431,16 @@ def construct_lookup(model: Llama4Demo, stems: list[str], *, seed: int) -> None:
     _construct_previous_words(model.model.layers[0].self_attn, projection, context)
     lookup = model.config.no_rope_layers.index(0)
     _construct_match(model.model.layers[lookup].self_attn, projection, context)
+
+
+def token_code(
+    row: Tensor, stem: str, codes: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    """Write a token's identity into its embedding: mostly its stem's, which is drawn once."""
+    if stem not in codes:
+        codes[stem] = F.normalize(torch.randn(_IDENTITY, generator=generator), dim=0)
+    own = F.normalize(torch.randn(_IDENTITY, generator=generator), dim=0)
+    row[:_IDENTITY] = F.normalize(codes[stem] + 0.35 * own, dim=0)
 
 
 def _construct_previous_words(attention: _Attention, projection: Tensor, context: int) -> None:

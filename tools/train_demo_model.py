@@ -1,10 +1,10 @@
-"""Train, check and export the demo model that ships in the wheel.
+"""Train the demo model to read: what `train_demo_vision.py` then teaches to see.
 
 Owns the curriculum and the optimisation; `demo_model.py` owns the network, `demo_export.py` the
-files and `python/camelid/demo_corpus.py` the language. Needs torch (CPU) and tokenizers; `--check`
-also needs transformers.
+files and `python/camelid/demo_corpus.py` the language. Needs torch (CPU), transformers, tokenizers,
+and camelid itself.
 
-The shipped weights took about 50 minutes on two shared cores (700 steps, 4.9 M parameters): stages
+The weights took about 50 minutes on two shared cores (700 steps, 4.9 M parameters): stages
 0 and 1 in one run, stages 2 and 3 from its checkpoint with a fresh optimiser (`--from-stage 2`),
 while the first run's cosine was laid out for 1,200 steps: a rerun lands near these numbers, not on
 them. Stage 0 leaves the plateau within 50 steps.
@@ -14,36 +14,26 @@ counts: 98.0 % in float32, 97.8 % in INT4; over the 500 of `benchmarks/demo_accu
 engine: 95.0 % in float32 and INT8, 95.2 % in INT4. Most errors are answers that a chunk edge cuts
 in two: of questions placed on an edge on purpose (with chunks of 256) 71 % were right.
 
-    python tools/train_demo_model.py --float-folder demo_f32 --check
+    python tools/train_demo_model.py READING_MODEL
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import json
 import math
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 import demo_check
-from demo_export import (
-    build_tokenizer,
-    export_float,
-    export_int4,
-    load_tokenizer,
-    round_to_checkpoint,
-    stems,
-)
+from camelid import demo_corpus, demo_scenes
+from demo_export import build_tokenizer, export_float, load_tokenizer, stems
 from demo_model import Batch, DemoConfig, Llama4Demo, construct_lookup, set_fake_int4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,22 +49,6 @@ FRAME = (
     "<|eot|>",
 )
 NEXT_TURN = "<|header_start|>user<|header_end|>\n\n"
-
-
-def _load_corpus() -> ModuleType:
-    """Import the corpus by path: camelid and its compiled core need not be installed."""
-    spec = importlib.util.spec_from_file_location(
-        "demo_corpus", ROOT / "python" / "camelid" / "demo_corpus.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_corpus"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus = _load_corpus()
 
 
 @dataclass(frozen=True)
@@ -134,19 +108,31 @@ class Examples:
     ) -> Batch:
         """Write documents and ask up to `n_questions` of each, some in pairs as two turns."""
         documents = [
-            corpus.make_document(rng, n_tokens_target=n_tokens, split=split)
+            demo_corpus.make_document(rng, n_tokens_target=n_tokens, split=split)
             for _ in range(n_documents)
         ]
         prefixes = [self.encode(f"{FRAME[0]}{document.text}\n\n") for document in documents]
+        questions = [
+            rng.sample(document.questions, min(n_questions, len(document.questions)))
+            for document in documents
+        ]
+        return self.assemble(rng, prefixes, questions, two_turns=two_turns)
+
+    def assemble(
+        self,
+        rng: random.Random,
+        prefixes: list[list[int]],
+        questions: list[list[tuple[str, str]]],
+        *,
+        two_turns: float,
+    ) -> Batch:
+        """Lay questions and answers beside the prefixes that they are about."""
         rows: list[list[tuple[int, int, int, int]]] = []
-        for document in documents:
-            asked = rng.sample(document.questions, min(n_questions, len(document.questions)))
+        for asked in questions:
             row: list[tuple[int, int, int, int]] = []
-            branch = 0
-            while asked:
-                turns = [asked.pop()] + (
-                    [asked.pop()] if asked and rng.random() < two_turns else []
-                )
+            branch, left = 0, list(asked)
+            while left:
+                turns = [left.pop()] + ([left.pop()] if left and rng.random() < two_turns else [])
                 row += self._branch(turns, branch)
                 branch += 1
             rows.append(row)
@@ -183,7 +169,7 @@ def tokenizer_texts() -> list[str]:
         "\n",
         "Mira.\n\nMira?\n\nMira, Mira: Mira; Mira!\n",
     ]
-    return [*corpus.vocabulary_texts(), *frames]
+    return [*demo_corpus.vocabulary_texts(), *demo_scenes.vocabulary_texts(), *frames]
 
 
 @torch.no_grad()
@@ -280,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("folder", type=Path, help="where the model goes, in float32")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
@@ -288,17 +275,6 @@ def main() -> None:
     parser.add_argument(
         "--from-stage", type=int, default=0, help="go on from the checkpoint at this stage"
     )
-    parser.add_argument("--float-folder", type=Path, help="where the float32 model goes")
-    parser.add_argument(
-        "--int4-folder", type=Path, default=ROOT / "python" / "camelid" / "demo_model"
-    )
-    parser.add_argument(
-        "--export-only", action="store_true", help="export the checkpoint without training"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare the exported folders with transformers"
-    )
-    parser.add_argument("--golden", type=Path, help="write golden prompts and answers here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -310,27 +286,17 @@ def main() -> None:
         f"{model.config.vocab_size} tokens",
         flush=True,
     )
-    if args.export_only or args.from_stage:
+    if args.from_stage:
         model.load_state_dict(torch.load(args.checkpoint)["model"])
     else:
         construct_lookup(model, stems(tokenizer_json), seed=args.seed)
-    if not args.export_only:
-        train(model, examples, args)
-        torch.save({"model": model.state_dict()}, args.checkpoint)
+    train(model, examples, args)
     model.config = dataclasses.replace(model.config, attention_chunk_size=SHIPPED_CHUNK)
-    if args.float_folder is not None:
-        export_float(model, tokenizer_json, args.float_folder)
-    export_int4(model, tokenizer_json, args.int4_folder, group=GROUP)
-    if args.check:
-        for folder in filter(None, (args.float_folder, args.int4_folder)):
-            worst = demo_check.compare_with_transformers(folder, corpus)
-            print(f"{folder.name}: logits within {worst:.1e} standard deviations of transformers")
-    if args.golden is not None:
-        demo_check.write_golden(args.int4_folder, corpus, args.golden)
-    scores = {"float32": exact_match(model, examples, seed=3, n_questions=500, n_tokens=LONG)}
-    round_to_checkpoint(model, group=GROUP)
-    scores["int4"] = exact_match(model, examples, seed=3, n_questions=500, n_tokens=LONG)
-    print(json.dumps(scores), flush=True)
+    export_float(model, None, tokenizer_json, args.folder)
+    worst = demo_check.compare_with_transformers(args.folder)
+    print(f"{args.folder.name}: logits within {worst:.1e} standard deviations of transformers")
+    score = exact_match(model, examples, seed=3, n_questions=500, n_tokens=LONG)
+    print(f"held-out documents: {score:.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,8 @@ __device__ inline float high_bf16(std::uint32_t pair) {
 }
 
 __device__ inline float exp_fast(float x) { return __expf(x); }
+// a / b to 2 ulp; 0 where b is above 2^126.
+__device__ inline float divide_fast(float a, float b) { return __fdividef(a, b); }
 
 // ---- memory that blocks share ----
 

@@ -13,5 +13,5 @@ def test_int8_activations_move_the_demo_model_by_less_than_a_thousandth_of_a_nat
     folder = camelid.demo_model_path()
     fast = {"compute": "fast", "head": "stored", "kv_cache": "f32"}
     found = compare(folder, demo_prompts(folder, 20), "auto", fast)
-    assert 0 < found["mean_kl_nats"] < 1e-3  # measured: 7.7e-4 over 20 documents
+    assert 0 < found["mean_kl_nats"] < 1e-3  # measured: 4.9e-4 over 20 documents
     assert found["same_top_token"] > 0.99

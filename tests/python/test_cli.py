@@ -145,7 +145,7 @@ def test_inspect_counts_what_the_demo_model_weighs(capsys: Any) -> None:
     assert 0 <= files - record["stored_bytes"] < 1 << 20  # headers
     assert record["n_parameters"] == sum(p["n_parameters"] for p in record["parts"].values())
     assert record["loaded_bytes"] == sum(p["loaded_bytes"] for p in record["parts"].values())
-    config = json.loads((Path(DEMO) / "config.json").read_text())
+    config = json.loads((Path(DEMO) / "config.json").read_text())["text_config"]
     per_layer = 2 * config["num_key_value_heads"] * config["head_dim"] * 2
     n_growing = config["no_rope_layers"].count(0)
     assert record["kv_cache"]["bf16"]["bytes_per_token"] == per_layer * n_growing
@@ -155,7 +155,8 @@ def test_inspect_counts_what_the_demo_model_weighs(capsys: Any) -> None:
     assert record["kv_cache"]["f32"]["bytes_per_token"] == 2 * per_layer * n_growing
     routed = record["parts"]["routed experts"]["n_parameters"]
     idle = routed - routed * config["num_experts_per_tok"] // config["num_local_experts"]
-    assert record["active_parameters"] == record["n_parameters"] - idle
+    tower = record["parts"]["vision"]["n_parameters"]  # works on images alone
+    assert record["active_parameters"] == record["n_parameters"] - idle - tower
     assert record["fits"]
     assert main(["inspect", DEMO, "--memory", "1KiB"]) == 0
     assert "do not fit" in capsys.readouterr().out

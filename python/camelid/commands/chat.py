@@ -1,7 +1,7 @@
 '''`camelid chat`: a conversation in the terminal.
 
-/set NAME VALUE, /system TEXT, /clear, /bye and """ for several lines. Ctrl-C ends an answer first
-and the program second.
+/image FILE, /set NAME VALUE, /system TEXT, /clear, /bye and """ for several lines. Ctrl-C ends an
+answer first and the program second.
 '''
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camelid.commands.common import (
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from camelid.llm import LLM
     from camelid.options import SamplingParams
 
-_HELP = '''/set NAME VALUE   change sampling: temperature, top_p, max_tokens ...; /set shows it
+_HELP = '''/image FILE       show an image with the next message; may be repeated
+/set NAME VALUE   change sampling: temperature, top_p, max_tokens ...; /set shows it
 /system TEXT      set the system message, and begin anew
 /clear            forget the conversation
 /bye              end (so does Ctrl-D)
@@ -58,7 +60,8 @@ class Conversation:
         self._llm = llm
         self._params = params
         self._system = system
-        self._messages: list[dict[str, str]] = []
+        self._messages: list[dict[str, Any]] = []
+        self._images: list[dict[str, Any]] = []  # for the next message
 
     def run(self) -> int:
         """Read and answer lines until the end of input, /bye, or Ctrl-C at the prompt."""
@@ -85,9 +88,11 @@ class Conversation:
         if command == "/help":
             print(_HELP, file=sys.stderr)
         elif command == "/clear":
-            self._messages = []
+            self._messages, self._images = [], []
         elif command == "/system":
-            self._system, self._messages = rest.strip() or None, []
+            self._system, self._messages, self._images = rest.strip() or None, [], []
+        elif command == "/image":
+            self._show(rest.strip())
         elif command == "/set":
             self._set(*rest.split(None, 1))
         elif command.startswith("/") and command[1:].isalpha():
@@ -112,8 +117,26 @@ class Conversation:
             raise InvalidRequest(f"[chat] {name} is {value:.40}, expected a number.") from None
         self._params = replace(self._params, **change)
 
+    def _show(self, path: str) -> None:
+        if not path:
+            raise InvalidRequest("[chat] /image needs the path of a file.")
+        if not self._llm.config.has_vision:
+            raise InvalidRequest("[chat] this model has no vision tower; it cannot see images.")
+        from camelid.images import load_image
+
+        # Read now: mistakes show at once, and the file may change before it is talked about.
+        image = load_image(Path(path).expanduser())
+        self._images.append({"type": "image", "image": image})
+        print(
+            f"{path}: {image.width} x {image.height} pixels, goes with the next message",
+            file=sys.stderr,
+        )
+
     def _answer(self, message: str) -> None:
-        messages = [*self._messages, {"role": "user", "content": message}]
+        content: Any = message
+        if self._images:
+            content = [*self._images, {"type": "text", "text": message}]
+        messages = [*self._messages, {"role": "user", "content": content}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         printer = Printer()
         printer.print(
@@ -121,6 +144,7 @@ class Conversation:
         )
         if sys.stderr.isatty():
             print(paint(printer.speeds(), "2"), file=sys.stderr)
+        self._images = []
         # What was said so far stays said, even where Ctrl-C cut it short.
         self._messages = [*messages, {"role": "assistant", "content": printer.text}]
 

@@ -96,6 +96,9 @@ def paint(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m"
 
 
+_SHORTEST_SECONDS = 0.02  # whose speed means something
+
+
 class Printer:
     """Prints an answer as it grows, and measures it.
 
@@ -143,7 +146,9 @@ class Printer:
         parts = []
         if self.n_prompt_tokens:
             parts.append(_speed(self.n_prompt_tokens, self._prompt_seconds, "prompt tokens"))
-        if len(self.token_ids) > 1:  # the first belongs to the prompt's time
+        # The first token belongs to the prompt's time. Of answers that took no time to speak of,
+        # the clock tells when this thread woke up.
+        if len(self.token_ids) > 1 and self._answer_seconds >= _SHORTEST_SECONDS:
             parts.append(_speed(len(self.token_ids) - 1, self._answer_seconds, "tokens"))
         return ", ".join(parts)
 

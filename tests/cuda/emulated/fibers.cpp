@@ -434,8 +434,19 @@ unsigned load(const unsigned* flag, const Where& where) {
   return *flag;
 }
 
+void tell(const unsigned* flag, Fiber& fiber) {
+  machine.n_looks = 0;
+  if (!watched) return;
+  KnownPtr& told = machine.flags[flag];
+  told = join(told, fiber.history.tell());
+}
+
 void fence() {
   if (watched) current->history.fence();
+}
+
+bool happens_now() {
+  return machine.copies == Copies::kEarly || (machine.copies == Copies::kRandom && below(2) == 0);
 }
 
 }  // namespace camelid::cuda::emulated
@@ -484,14 +495,14 @@ void start_copy(void* shared, const void* global, int n_bytes, const Where& wher
   Copy& copy = current->copies.emplace_back(Copy{static_cast<std::byte*>(shared),
                                                  static_cast<const std::byte*>(global), n_bytes,
                                                  current->open_group, false});
-  const bool early =
-      machine.copies == Copies::kEarly || (machine.copies == Copies::kRandom && below(2) == 0);
-  if (early) execute(copy);
+  if (happens_now()) execute(copy);
 }
 
 void finish_copies(int n_pending) {
   finish_copies_before(*current, current->open_group - n_pending);
 }
+
+void finish_copies_of(Fiber& fiber, int n_groups) { finish_copies_before(fiber, n_groups); }
 
 std::string place(const Where& where) {
   return cat("block ", current->block->index, ", thread ", current->thread, " (", line_of(where),

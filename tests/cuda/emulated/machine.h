@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@ constexpr int kLanes = 32;  // threads of a warp
 using Where = std::source_location;
 
 struct Block;
+struct Fiber;
 struct Warp;
 
 struct Copy {
@@ -28,6 +30,28 @@ struct Copy {
   int n_bytes;  // of them; the others become zeros
   int group;
   bool executed;
+};
+
+// A warpgroup's product as one of its threads asked for it; device/hopper.cuh executes it.
+struct Product {
+  float* d;                // its part of the sums
+  const std::uint32_t* a;  // of the fragment, in registers: read when the product is executed
+  std::uint32_t rows;      // describes b
+  int columns;
+  bool add;
+  int group;
+};
+
+// A barrier in shared memory, and one of threads that name the same number.
+struct BarrierState {
+  int expected = 0;
+  int came = 0;
+  unsigned phases = 0;  // completed
+  struct Late {
+    Fiber* by;
+    int copies;  // groups of its copies that come first
+  };
+  std::vector<Late> late;  // arrivals that wait for copies
 };
 
 // One thread of the GPU. Runs until it waits for others, lets others go, or ends.
@@ -46,6 +70,11 @@ struct Fiber {
 
   std::vector<Copy> copies;  // in flight, oldest first
   int open_group = 0;        // of copies: those before it are committed
+
+  std::vector<Product> products;  // not yet executed, oldest first
+  int open_products = 0;          // the group of products that is open
+  bool may_multiply = false;      // start_products() was called after the last product
+  bool shown = true;              // show_to_products() was called after the last wait for others
 
   History history;  // kept while accesses are reported
 };
@@ -77,6 +106,8 @@ struct Block : Circle {
   GuardedBytes shared;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  std::map<const void*, BarrierState> barriers;  // by their place in shared memory
+  std::map<int, BarrierState> named_barriers;
 };
 
 struct Grid {
@@ -127,7 +158,13 @@ __attribute__((noinline)) inline const void* code_here() { return __builtin_retu
 void check_shared(const char* what, const void* pointer, std::size_t n_bytes, const Where& where);
 
 void start_copy(void* shared, const void* global, int n_bytes, const Where& where);
-void finish_copies(int n_pending);  // all but the latest n_pending groups
+void finish_copies(int n_pending);                  // all but the latest n_pending groups
+void finish_copies_of(Fiber& fiber, int n_groups);  // the first n_groups it committed
+
+// Whether what may happen now or later, when it is waited for, happens now.
+bool happens_now();
+// What a thread did is known to those who see the flag by load() from now on.
+void tell(const unsigned* flag, Fiber& fiber);
 
 // Where this thread is, for messages; and an error that starts with it.
 std::string place(const Where& where);

@@ -168,6 +168,7 @@ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint3
 }
 
 inline float exp_fast(float x) { return std::exp(x); }
+inline float divide_fast(float a, float b) { return a / b; }
 
 // ---- memory that blocks share ----
 

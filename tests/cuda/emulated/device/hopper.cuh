@@ -1,0 +1,212 @@
+// The twin of cuda/device/hopper.cuh on the CPU. A product may be executed at once or only when it is
+// waited for, with the registers and the shared memory of that moment; and an arrival that waits for
+// copies comes when somebody needs it. Not watched: how many registers a warpgroup has.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+
+namespace camelid::cuda {
+
+constexpr int kWarpgroup = 128;
+
+// ---- barriers in shared memory ----
+
+using Barrier = std::uint64_t;
+
+namespace emulated {
+
+inline BarrierState& state_of(const Barrier* barrier, const Where& where) {
+  auto& barriers = current->block->barriers;
+  const auto found = barriers.find(barrier);
+  if (found == barriers.end()) fail_here(where, "a barrier that was never initialised");
+  return found->second;
+}
+
+inline void arrive_at(BarrierState& state, Fiber& fiber) {
+  tell(&state.phases, fiber);
+  if (++state.came < state.expected) return;
+  state.came = 0;
+  ++state.phases;
+}
+
+// Waits, others first, until done(); somebody's late arrival is made to come at each look.
+template <typename Done>
+void look_until(BarrierState& state, const Where& where, const Done& done) {
+  while (load(&state.phases, where), !done()) {
+    if (state.late.empty()) continue;
+    const BarrierState::Late late = state.late.front();
+    state.late.erase(state.late.begin());
+    finish_copies_of(*late.by, late.copies);
+    arrive_at(state, *late.by);
+  }
+}
+
+}  // namespace emulated
+
+inline void init_barrier(Barrier* barrier, int arrivals,
+                         emulated::Where where = emulated::Where::current()) {
+  if (!emulated::current->block->shared.holds(barrier, sizeof *barrier) ||
+      reinterpret_cast<std::uintptr_t>(barrier) % sizeof *barrier != 0) {
+    emulated::fail_here(where, "init_barrier needs 8 aligned bytes of shared memory");
+  }
+  *barrier = 0;
+  emulated::current->block->barriers[barrier].expected = arrivals;
+}
+
+inline void arrive(Barrier* barrier, emulated::Where where = emulated::Where::current()) {
+  emulated::BarrierState& state = emulated::state_of(barrier, where);
+  emulated::arrive_at(state, *emulated::current);
+  emulated::store(&state.phases, state.phases, where);  // others may go first
+}
+
+// Uses the groups of commit_copies(): a thread has either those or this.
+inline void arrive_when_copied(Barrier* barrier,
+                               emulated::Where where = emulated::Where::current()) {
+  emulated::Fiber& me = *emulated::current;
+  emulated::BarrierState& state = emulated::state_of(barrier, where);
+  ++me.open_group;
+  if (!emulated::happens_now()) {
+    state.late.push_back({&me, me.open_group});
+    return;
+  }
+  emulated::finish_copies_of(me, me.open_group);
+  emulated::arrive_at(state, me);
+}
+
+inline void wait_barrier(Barrier* barrier, unsigned parity,
+                         emulated::Where where = emulated::Where::current()) {
+  emulated::BarrierState& state = emulated::state_of(barrier, where);
+  if (parity > 1) emulated::fail_here(where, "a parity that is neither 0 nor 1");
+  emulated::look_until(state, where, [&] { return (state.phases & 1) != parity; });
+  emulated::current->shown = false;
+}
+
+inline void sync_some(int id, int n_threads, emulated::Where where = emulated::Where::current()) {
+  if (id < 1 || id > 15 || n_threads % kWarp != 0) emulated::fail_here(where, "sync_some of what");
+  emulated::BarrierState& state = emulated::current->block->named_barriers[id];
+  state.expected = n_threads;
+  const unsigned phase = state.phases;
+  emulated::arrive_at(state, *emulated::current);
+  emulated::look_until(state, where, [&] { return state.phases != phase; });
+}
+
+// ---- products of a warpgroup ----
+
+inline void show_to_products() { emulated::current->shown = true; }
+
+using Rows = std::uint32_t;
+inline Rows describe_rows(const void* shared, emulated::Where where = emulated::Where::current()) {
+  const unsigned address = shared_address(shared, where);
+  if (address % 1024 != 0) emulated::fail_here(where, "swizzled rows must begin at 1024 bytes");
+  return address >> 4;
+}
+inline Rows advance(Rows rows, int n_bytes) { return rows + static_cast<Rows>(n_bytes / 16); }
+
+namespace emulated {
+
+// b[column][k] of a product: the swizzle is a function of address bits, 4-6 ^= 7-9.
+inline void read_rows(float* b, Rows rows, int columns) {
+  const std::byte* shared = current->block->shared.data();
+  for (int column = 0; column < columns; ++column) {
+    for (unsigned k = 0; k < 16; k += 2) {
+      unsigned at = (rows << 4) - kSharedBase + static_cast<unsigned>(column) * 128 + k * 2;
+      at ^= (at >> 7 & 7) << 4;
+      std::uint32_t pair;
+      std::memcpy(&pair, shared + at, sizeof pair);
+      b[column * 16 + static_cast<int>(k)] = low_bf16(pair);
+      b[column * 16 + static_cast<int>(k) + 1] = high_bf16(pair);
+    }
+  }
+}
+
+// A warp's part of one product: mine[lane] is its first unexecuted one.
+inline void execute(Product* const* mine) {
+  const int columns = mine[0]->columns;
+  float a[16][16];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[g + i % 2 * 8][2 * t + i / 2 * 8] = low_bf16(mine[lane]->a[i]);
+      a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = high_bf16(mine[lane]->a[i]);
+    }
+  }
+  float b[256 * 16];
+  read_rows(b, mine[0]->rows, columns);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < columns / 2; ++i) {
+      const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = mine[lane]->add ? mine[lane]->d[i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column * 16 + k];
+      mine[lane]->d[i] = sum;
+    }
+  }
+}
+
+// Executes a warp's products of the groups before `group`.
+inline void execute_before(void* const* lanes, int group) {
+  Fiber* fibers[kLanes];
+  for (int i = 0; i < kLanes; ++i) fibers[i] = static_cast<Fiber*>(lanes[i]);
+  const std::size_t n = fibers[0]->products.size();
+  std::size_t done = 0;
+  for (; done < n && fibers[0]->products[done].group < group; ++done) {
+    Product* mine[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      mine[i] = &fibers[i]->products.at(done);
+      if (mine[i]->rows != mine[0]->rows || mine[i]->add != mine[0]->add) {
+        fail(ErrorCode::kInternal, "[cuda] lanes of a warp multiply by different rows");
+      }
+    }
+    execute(mine);
+  }
+  for (Fiber* fiber : fibers) {
+    const auto first = fiber->products.begin();
+    fiber->products.erase(first, first + static_cast<std::ptrdiff_t>(done));
+  }
+}
+
+}  // namespace emulated
+
+inline void start_products() { emulated::current->may_multiply = true; }
+
+template <int kColumns>
+void multiply_async(float (&d)[kColumns / 2], const std::uint32_t (&a)[4], Rows b, bool add,
+                    emulated::Where where = emulated::Where::current()) {
+  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
+  emulated::Fiber& me = *emulated::current;
+  if (!me.may_multiply) emulated::fail_here(where, "a product without start_products() before it");
+  if (!me.shown) emulated::fail_here(where, "a product of what show_to_products() did not show");
+  me.may_multiply = false;
+  me.products.push_back({d, a, b, kColumns, add, me.open_products});
+  emulated::meet_warp("multiply_async", where, &me, [](void* const* lanes) {
+    if (!emulated::happens_now()) return;
+    emulated::execute_before(lanes, static_cast<emulated::Fiber*>(lanes[0])->open_products + 1);
+  });
+}
+
+inline void commit_products() { ++emulated::current->open_products; }
+
+template <int kPending>
+void wait_products(emulated::Where where = emulated::Where::current()) {
+  emulated::meet_warp("wait_products", where, emulated::current, [](void* const* lanes) {
+    emulated::execute_before(lanes,
+                             static_cast<emulated::Fiber*>(lanes[0])->open_products - kPending);
+  });
+}
+
+template <int kValues>
+void hold(float (&)[kValues]) {}
+
+// ---- registers ----
+
+template <int kRegisters>
+void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+template <int kRegisters>
+void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+
+}  // namespace camelid::cuda

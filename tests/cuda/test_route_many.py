@@ -1,0 +1,158 @@
+"""Routing of many tokens against NumPy, and a whole layer of experts, on the emulated device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from emulated_build import EmulatorError
+from grouped_cases import (
+    ADD,
+    GATE_UP,
+    STORE,
+    SWIGLU,
+    TILE_TOKENS,
+    Routes,
+    Weights,
+    bf16_bits,
+    from_bf16,
+    make_weights,
+    run_product,
+)
+
+
+def choose(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
+    """The top-k experts of each token, ascending; of equal logits the lower index wins."""
+    return np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :top_k], axis=1)
+
+
+def check(logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 0) -> None:
+    n_tokens, n_experts = logits.shape
+    routes = Routes(logits, top_k, shared=shared, seed=seed)
+    experts = choose(logits, top_k)
+    n_shared = n_tokens if shared else 0
+    order = np.argsort(experts.reshape(-1), kind="stable")  # by expert, then token
+    tokens = order // top_k
+    np.testing.assert_array_equal(routes.token[:n_shared], np.arange(n_shared))
+    np.testing.assert_array_equal(routes.token[n_shared:], tokens)
+    np.testing.assert_array_equal(routes.factor[:n_shared], 1)
+    with np.errstate(over="ignore"):
+        scores = 1 / (1 + np.exp(-np.take_along_axis(logits, experts, 1).astype(np.float64)))
+    np.testing.assert_allclose(routes.factor[n_shared:], scores.reshape(-1)[order], rtol=3e-7)
+    visits = np.empty(n_tokens * top_k, np.int64)
+    visits[order] = n_shared + np.arange(n_tokens * top_k)
+    np.testing.assert_array_equal(routes.visits.reshape(-1), visits)
+
+    counts = np.bincount(experts.reshape(-1), minlength=n_experts).tolist()
+    tiles, first = [], 0
+    for group, n in enumerate([n_tokens] * shared + counts):
+        group_tile, group_n = len(tiles), -(-n // TILE_TOKENS)
+        tiles += [
+            (group, first + start, min(TILE_TOKENS, n - start), group_tile, group_n)
+            for start in range(0, n, TILE_TOKENS)
+        ]
+        first += n
+    assert [tuple(tile) for tile in routes.tiles.tolist()] == tiles
+    shared_tiles = -(-n_shared // TILE_TOKENS)
+    assert routes.tile_ends.tolist() == [0, shared_tiles, len(tiles)]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (16, 1), (16, 2), (128, 1), (256, 8)])
+def test_routes_equal_numpy(n_tokens: int, n_experts: int, top_k: int) -> None:
+    rng = np.random.default_rng(n_tokens)
+    logits = rng.standard_normal((n_tokens, n_experts)).astype(np.float32)
+    check(logits, top_k, shared=n_tokens % 2 == 1, seed=n_tokens % 3)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_ties_go_to_the_lower_expert(top_k: int) -> None:
+    rng = np.random.default_rng(top_k)
+    check(rng.integers(0, 3, (200, 48)).astype(np.float32), top_k, shared=False, seed=1)
+    check(np.zeros((70, 48), np.float32), top_k, shared=True)
+
+
+@pytest.mark.parametrize("expert", [0, 7, 15])
+def test_all_tokens_on_one_expert(expert: int) -> None:
+    logits = np.full((700, 16), -np.inf, np.float32)
+    logits[:, expert] = 100
+    check(logits, 1, shared=False)
+
+
+def test_skewed_experts_and_many_blocks() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((5000, 16)) + np.array([3, 2] + [0] * 14)
+    check(logits.astype(np.float32), 1, shared=True, seed=2)
+
+
+def test_nan_logits_still_choose_different_experts() -> None:
+    logits = np.full((140, 20), np.nan, np.float32)
+    logits[::2, ::3] = 1
+    routes = Routes(logits, 4, shared=False)
+    n_of = np.zeros(20, int)
+    for group, _, n, _, _ in routes.tiles.tolist():
+        n_of[group] += n
+    assert n_of.sum() == 140 * 4
+    expert = np.repeat(np.arange(20), n_of)[routes.visits]
+    assert (np.diff(expert, axis=1) > 0).all()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(EmulatorError, match="1 to 256 experts"):
+        Routes(np.zeros((1, 257), np.float32), 1, shared=False)
+    with pytest.raises(EmulatorError, match="1 to 8 experts"):
+        Routes(np.zeros((1, 4), np.float32), 5, shared=False)
+
+
+# ---- a layer's experts, from logits to residual ----
+
+
+def expected_layer(
+    x: NDArray[np.uint16], logits: NDArray[np.float32], top_k: int, ws: tuple[Weights, Weights]
+) -> NDArray[np.float64]:
+    gate_up, down = (w.values for w in ws)  # expert 0 is the shared one
+    rows = from_bf16(x).astype(np.float64)
+    y = np.zeros((len(x), down.shape[1]))
+    for t, chosen in enumerate(choose(logits, top_k)):
+        for group, f in [(0, 1.0), *((e + 1, 1 / (1 + np.exp(-logits[t, e]))) for e in chosen)]:
+            gate, up = np.split(f * (gate_up[group] @ rows[t]), 2)
+            act = gate / (1 + np.exp(-gate)) * up
+            y[t] += down[group] @ from_bf16(bf16_bits(act)).astype(np.float64)
+    return y
+
+
+@pytest.mark.parametrize("hopper", [False, True], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_layer_of_experts_equals_float64(hopper: bool, top_k: int) -> None:
+    rng = np.random.default_rng(top_k)
+    n_tokens, n_experts, dim, ffn = 150, 4, 136, 72
+    n = n_experts + 1
+    gate_up = make_weights(rng, n_experts=n, rows=2 * ffn, inputs=dim, order=GATE_UP)
+    down = make_weights(rng, n_experts=n, rows=dim, inputs=ffn)
+    x = bf16_bits(rng.standard_normal((n_tokens, dim)) / 8)
+    logits = rng.standard_normal((n_tokens, n_experts)).astype(np.float32)
+    residual = rng.standard_normal((n_tokens, dim)).astype(np.float32)
+    routes = Routes(logits, top_k, shared=True)
+    tiles = routes.tiles.copy()
+    _, shared_end, end = routes.tile_ends.tolist()
+    both: dict[str, Any] = {"hopper": hopper, "tiles": tiles}
+
+    act = np.full((len(routes.token), ffn), 0x7FC0, np.uint16)
+    tokens, factors = routes.token.copy(), routes.factor.copy()
+    run_product(gate_up, x, act, output=SWIGLU, x_rows=tokens, factors=factors, **both)
+    y = residual.copy()
+    if top_k == 1:  # a token's two visits are added by two launches
+        run_product(down, act, y, output=ADD, y_rows=tokens, last_tile=shared_end, **both)
+        run_product(down, act, y, output=ADD, y_rows=tokens, first_tile=shared_end, **both)
+    else:
+        rows = np.full((len(routes.token), dim), np.nan, np.float32)
+        run_product(down, act, rows, output=STORE, **both)
+        routes.combine(rows, y, dim)
+    assert end == len(tiles)
+    # The kernel's activations round to bf16 next to where NumPy's do: 2^-9 of some of their terms.
+    expected = residual + expected_layer(x, logits, top_k, (gate_up, down))
+    scale = abs(expected - residual).max()
+    np.testing.assert_allclose(y, expected, atol=1e-3 * scale)

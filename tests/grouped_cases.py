@@ -1,0 +1,234 @@
+"""Weights of experts in the device's layout, and products over them, for tests of kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emulated_build import DeviceArray, build, call, device_array
+
+TILE_TOKENS = 128
+CHUNK = 128
+STORE, STORE_BF16, ADD, SWIGLU = range(4)
+PLAIN, GATE_UP = range(2)
+SOURCES = (
+    "tests/cuda/grouped_case.cu",
+    "cuda/ops/grouped.cu",
+    "cuda/ops/route_many.cu",
+    "cuda/sm90/grouped.cu",
+)
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("rows", "inputs", "entries", "bits", "scales", "order")
+    ]
+
+
+class Product(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        *((name, ctypes.c_int32) for name in ("output", "n_visits", "hopper", "multiprocessors")),
+        ("x_stride", ctypes.c_int64),
+        ("y_stride", ctypes.c_int64),
+    ]
+
+
+def bf16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Round to bf16, to the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass
+class Weights:
+    """Experts' matrices: their values, and where they lie in device memory."""
+
+    shape: Shape
+    values: NDArray[np.float64]  # [n_experts, rows, inputs], dequantised
+    table: DeviceArray  # pointers
+    keep: list[DeviceArray]
+
+
+def source_rows(rows: int, order: int) -> NDArray[np.int64]:
+    """Of each row of the tiles the row of the matrix; -1 where there is none."""
+    if order == PLAIN:
+        at = np.arange(-(-rows // 16) * 16)
+        return np.where(at < rows, at, -1)
+    half = rows // 2
+    channel = np.arange(-(-half // 8) * 8).reshape(-1, 1, 8)
+    at = channel + np.array([0, half]).reshape(1, 2, 1)
+    return np.where(channel < half, at, -1).reshape(-1)
+
+
+def make_weights(
+    rng: np.random.Generator,
+    *,
+    n_experts: int,
+    rows: int,
+    inputs: int,
+    bits: int = 4,
+    group: int = 128,
+    zeros: bool = False,
+    order: int = PLAIN,
+) -> Weights:
+    library = library_of_cases()
+    pairs = zeros or group < CHUNK
+    entries = CHUNK // min(group, CHUNK)
+    shape = Shape(rows, inputs, entries, bits // 8, int(pairs), order)
+    sizes = np.zeros(2, np.int64)
+    library.case_sizes(ctypes.byref(shape), ctypes.c_void_p(sizes.ctypes.data))
+    low = -(2 ** (bits - 1))
+    values = np.zeros((n_experts, rows, inputs))
+    table, keep = np.zeros((n_experts, 2), np.uint64), []
+    for expert in range(n_experts):
+        q = rng.integers(low, -low, (rows, inputs), dtype=np.int32)
+        n_chunks = -(-inputs // CHUNK)
+        n_groups = n_chunks * CHUNK // min(group, CHUNK)
+        scale = from_bf16(bf16_bits(rng.uniform(0.5, 1.5, (rows, n_groups)) / -low))
+        if group > CHUNK:  # neighbouring chunks share a scale
+            scale = scale[:, np.arange(n_groups) // (group // CHUNK)]
+        zero = np.zeros_like(scale)
+        if zeros:
+            zero = rng.integers(low, -low, scale.shape).astype(np.float32)
+        tiles = np.zeros(sizes[0] // 4, np.uint32)
+        library.case_pack(
+            ctypes.byref(shape), *(ctypes.c_void_p(a.ctypes.data) for a in (q, tiles))
+        )
+        packed = pack_scales(shape, scale, zero)
+        assert packed.nbytes == sizes[1]
+        on_device = [device_array(library, tiles), device_array(library, packed)]
+        keep += on_device
+        table[expert] = [array.ctypes.data for array in on_device]
+        of_input = np.arange(inputs) // min(group, CHUNK)
+        values[expert] = (q - zero[:, of_input].astype(np.float64)) * scale[:, of_input]
+    return Weights(shape, values, device_array(library, table), keep)
+
+
+def pack_scales(
+    shape: Shape, scale: NDArray[np.float32], zero: NDArray[np.float32]
+) -> NDArray[Any]:
+    """[row tile][chunk and entry][16 rows], as layout/tiles.h says."""
+    rows = source_rows(shape.rows, shape.order)
+    there = (rows >= 0)[:, None]
+
+    def tiled(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        of_rows = np.where(there, values[np.maximum(rows, 0)], 0)
+        return np.ascontiguousarray(of_rows.reshape(-1, 16, values.shape[1]).swapaxes(1, 2))
+
+    if shape.scales == 0:
+        return bf16_bits(tiled(scale))
+    return np.stack([tiled(scale), tiled(zero)], axis=-1).astype(np.float32)
+
+
+def list_tiles(counts: list[int]) -> NDArray[np.int32]:
+    """The tiles of groups with these numbers of visits: group, first, n, group_tile, group_n."""
+    tiles: list[list[int]] = []
+    first = 0
+    for group, count in enumerate(counts):
+        group_tile, group_n = len(tiles), -(-count // TILE_TOKENS)
+        for start in range(0, count, TILE_TOKENS):
+            n = min(TILE_TOKENS, count - start)
+            tiles.append([group, first + start, n, group_tile, group_n])
+        first += count
+    return np.array(tiles, np.int32).reshape(-1, 5)
+
+
+def library_of_cases() -> ctypes.CDLL:
+    library = build(*SOURCES)
+    library.case_route_bytes.restype = ctypes.c_int64
+    return library
+
+
+def run_product(
+    w: Weights,
+    x: NDArray[np.uint16],
+    y: NDArray[Any],
+    *,
+    hopper: bool,
+    output: int = STORE,
+    n_visits: int = 0,
+    x_rows: NDArray[np.int32] | None = None,
+    y_rows: NDArray[np.int32] | None = None,
+    factors: NDArray[np.float32] | None = None,
+    tiles: NDArray[np.int32] | None = None,
+    first_tile: int = 0,
+    last_tile: int | None = None,
+    multiprocessors: int = 3,
+    seed: int = 0,
+) -> None:
+    """Call grouped_many; x and y are [rows, stride]."""
+    c = Product(w.shape, output, n_visits, hopper, multiprocessors, x.shape[1], y.shape[1])
+    ends: list[Any] = [None, None]
+    if tiles is not None:
+        last = len(tiles) if last_tile is None else last_tile
+        ends = [np.array([first_tile], np.int32), np.array([last], np.int32)]
+    call(
+        library_of_cases(),
+        "case_grouped",
+        ctypes.byref(c),
+        w.table,
+        x,
+        y,
+        x_rows,
+        y_rows,
+        factors,
+        tiles,
+        *ends,
+        seed=seed,
+    )
+
+
+class Route(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("n_tokens", "n_experts", "top_k", "shared")]
+
+
+class Routes:
+    """What route_many found, in device memory."""
+
+    def __init__(
+        self, logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 0
+    ) -> None:
+        library = library_of_cases()
+        self.shape = Route(*logits.shape, top_k, shared)
+        n_bytes = library.case_route_bytes(ctypes.byref(self.shape))
+        self.memory = device_array(library, np.full(n_bytes, 0xFF, np.uint8))
+        call(library, "case_route", ctypes.byref(self.shape), logits, self.memory, seed=seed)
+        places = np.zeros(5, np.int64)
+        library.case_route_places(
+            ctypes.byref(self.shape),
+            *(ctypes.c_void_p(array.ctypes.data) for array in (self.memory, places)),
+        )
+        n_tokens = len(logits)
+        n_visits = n_tokens * (top_k + int(shared))
+        self.token = self._at(places[0], np.int32, n_visits)
+        self.factor = self._at(places[1], np.float32, n_visits)
+        self.visits = self._at(places[2], np.int32, n_tokens * top_k).reshape(n_tokens, top_k)
+        self.tile_ends = self._at(places[4], np.int32, 3)
+        tiles = self._at(places[3], np.int32, 5 * int(self.tile_ends[2]))
+        self.tiles = tiles.reshape(-1, 5)
+
+    def _at(self, place: int, kind: Any, count: int) -> NDArray[Any]:
+        n_bytes = count * np.dtype(kind).itemsize
+        return self.memory[place : place + n_bytes].view(np.ndarray).view(kind)
+
+    def combine(self, rows: NDArray[np.float32], y: NDArray[np.float32], dim: int) -> None:
+        call(
+            library_of_cases(),
+            "case_combine",
+            ctypes.byref(self.shape),
+            self.memory,
+            rows,
+            ctypes.c_int64(rows.shape[1]),
+            y,
+            ctypes.c_int64(y.shape[1]),
+            dim,
+        )
