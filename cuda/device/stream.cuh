@@ -290,12 +290,14 @@ class Stream {
     // bit.
     const unsigned tokens = slot + Shape::kTokensAt + lane() % 8 * Shape::kTokenBytes +
                             place_of(lane(), lane() / 8) * 16;
-    float part[Shape::kTokenTiles][4] = {};
+    // Pairs scale two steps of one tile at a time: fewer registers than all tiles would take.
+    constexpr bool kPairs = Shape::kScales == Scales::kPairs;
+    float parts[kPairs ? 1 : Shape::kTokenTiles][4] = {};
     float2 low = {1.0f, 0.0f}, high = low;  // scale and zero point of rows g and g + 8
     uint4 loaded;                           // int4: four k16 steps; int8: two
 #pragma unroll
     for (int pair = 0; pair < kChunkInputs / 32; ++pair) {  // of k16 steps
-      if constexpr (Shape::kScales == Scales::kPairs) load_pairs(low, high, kChunk, pair);
+      if constexpr (kPairs) load_pairs(low, high, kChunk, pair);
       if (Shape::kBits == Bits::k8 || pair % 2 == 0) {
         load_shared(loaded, words + (Shape::kBits == Bits::k8 ? pair : pair / 2) * 512);
       }
@@ -307,19 +309,23 @@ class Stream {
         std::uint32_t b[4];
         load_matrices(b, (tokens ^ (pair * 64)) + kChunk * kChunkInputs * 2 +
                              i * kTokenTile * Shape::kTokenBytes);
-        mma_bf16(part[i], a[0], b[0], b[1]);
-        mma_bf16(part[i], a[1], b[2], b[3]);
+        float(&part)[4] = parts[kPairs ? 0 : i];
+        mma_bf16(part, a[0], b[0], b[1]);
+        mma_bf16(part, a[1], b[2], b[3]);
+        if constexpr (kPairs) add_scaled(sums[i], part, low.x, high.x);
       }
-      if constexpr (Shape::kScales == Scales::kPairs) add_scaled(sums, part, low.x, high.x);
     }
-    if constexpr (Shape::kScales == Scales::kBf16) {
+    if constexpr (!kPairs) {
       const unsigned scales = slot + Shape::kScalesAt +
                               (warp() * Shape::kStep + kChunk) * Shape::kMostScaleBytes +
                               lane() / 4 * 2;
       std::uint16_t first, second;
       load_shared(first, scales);
       load_shared(second, scales + 8 * 2);
-      add_scaled(sums, part, low_bf16(first), low_bf16(second));
+#pragma unroll
+      for (int i = 0; i < Shape::kTokenTiles; ++i) {
+        add_scaled(sums[i], parts[i], low_bf16(first), low_bf16(second));
+      }
     }
   }
 
@@ -372,16 +378,12 @@ class Stream {
   }
 
   // Adds what was summed without scales, and starts again.
-  __device__ void add_scaled(Sums& sums, float (&part)[Shape::kTokenTiles][4], float low,
-                             float high) {
-#pragma unroll
-    for (int i = 0; i < Shape::kTokenTiles; ++i) {
-      sums[i].x += low * part[i][0];
-      sums[i].y += low * part[i][1];
-      sums[i].z += high * part[i][2];
-      sums[i].w += high * part[i][3];
-      part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
-    }
+  __device__ static void add_scaled(float4& sum, float (&part)[4], float low, float high) {
+    sum.x += low * part[0];
+    sum.y += low * part[1];
+    sum.z += high * part[2];
+    sum.w += high * part[3];
+    part[0] = part[1] = part[2] = part[3] = 0.0f;
   }
 
   // True where the segment's sums are those of all chunks; else another block completes them.
