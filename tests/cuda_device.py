@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from emulated_build import ROOT, build, explain
 
 LIBRARY = "CAMELID_GPU_LIBRARY"
-CASES = ("tests/cuda/ops.cu", "tests/cuda/pack.cu")
+CASES = ("ops", "pack", "grouped_case")  # those that an emulated device has, too
 
 
 class DeviceError(Exception):
@@ -72,6 +72,9 @@ class Device:
         memory.write(values)
         return memory
 
+    def is_hopper(self) -> bool:
+        return self.emulated or self.library.compute_capability() == 90
+
     def arrange(self, *, seed: int = 0, multiprocessors: int = 5) -> None:
         """Choose the order of threads, when copies arrive, and how large grids are.
 
@@ -112,7 +115,8 @@ def _c_value(argument: Any) -> Any:
 @functools.cache
 def emulated_device() -> Device:
     ops = sorted((ROOT / "cuda" / "ops").glob("*.cu"))
-    sources = [*CASES, *(str(path.relative_to(ROOT)) for path in ops)]
+    sources = [f"tests/cuda/{case}.cu" for case in CASES]
+    sources += [str(path.relative_to(ROOT)) for path in ops] + ["cuda/sm90/grouped.cu"]
     return Device(build(*sources), emulated=True)
 
 
