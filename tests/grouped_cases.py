@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from emulated_build import DeviceArray, build, call, device_array
+from cuda_device import Device, Memory
 
 TILE_TOKENS = 128
 CHUNK = 128
 STORE, STORE_BF16, ADD, SWIGLU = range(4)
 PLAIN, GATE_UP = range(2)
-SOURCES = (
-    "tests/cuda/grouped_case.cu",
-    "cuda/ops/grouped.cu",
-    "cuda/ops/route_many.cu",
-    "cuda/sm90/grouped.cu",
-)
 
 
 class Shape(ctypes.Structure):
@@ -54,8 +49,8 @@ class Weights:
 
     shape: Shape
     values: NDArray[np.float64]  # [n_experts, rows, inputs], dequantised
-    table: DeviceArray  # pointers
-    keep: list[DeviceArray]
+    table: Memory  # pointers
+    keep: list[Memory]
 
 
 def source_rows(rows: int, order: int) -> NDArray[np.int64]:
@@ -70,6 +65,7 @@ def source_rows(rows: int, order: int) -> NDArray[np.int64]:
 
 
 def make_weights(
+    device: Device,
     rng: np.random.Generator,
     *,
     n_experts: int,
@@ -80,7 +76,7 @@ def make_weights(
     zeros: bool = False,
     order: int = PLAIN,
 ) -> Weights:
-    library = library_of_cases()
+    library = device.library
     pairs = zeros or group < CHUNK
     entries = CHUNK // min(group, CHUNK)
     shape = Shape(rows, inputs, entries, bits // 8, int(pairs), order)
@@ -105,12 +101,12 @@ def make_weights(
         )
         packed = pack_scales(shape, scale, zero)
         assert packed.nbytes == sizes[1]
-        on_device = [device_array(library, tiles), device_array(library, packed)]
+        on_device = [device.put(tiles), device.put(packed)]
         keep += on_device
-        table[expert] = [array.ctypes.data for array in on_device]
+        table[expert] = [memory.address for memory in on_device]
         of_input = np.arange(inputs) // min(group, CHUNK)
         values[expert] = (q - zero[:, of_input].astype(np.float64)) * scale[:, of_input]
-    return Weights(shape, values, device_array(library, table), keep)
+    return Weights(shape, values, device.put(table), keep)
 
 
 def pack_scales(
@@ -142,13 +138,8 @@ def list_tiles(counts: list[int]) -> NDArray[np.int32]:
     return np.array(tiles, np.int32).reshape(-1, 5)
 
 
-def library_of_cases() -> ctypes.CDLL:
-    library = build(*SOURCES)
-    library.case_route_bytes.restype = ctypes.c_int64
-    return library
-
-
 def run_product(
+    device: Device,
     w: Weights,
     x: NDArray[np.uint16],
     y: NDArray[Any],
@@ -166,25 +157,21 @@ def run_product(
     seed: int = 0,
 ) -> None:
     """Call grouped_many; x and y are [rows, stride]."""
+    if hopper and not device.emulated and device.library.compute_capability() != 90:
+        pytest.skip("needs a Hopper GPU")
     c = Product(w.shape, output, n_visits, hopper, multiprocessors, x.shape[1], y.shape[1])
     ends: list[Any] = [None, None]
     if tiles is not None:
         last = len(tiles) if last_tile is None else last_tile
         ends = [np.array([first_tile], np.int32), np.array([last], np.int32)]
-    call(
-        library_of_cases(),
-        "case_grouped",
-        ctypes.byref(c),
-        w.table,
-        x,
-        y,
-        x_rows,
-        y_rows,
-        factors,
-        tiles,
-        *ends,
-        seed=seed,
-    )
+    result = device.put(y)
+    inputs = [
+        None if array is None else device.put(array)
+        for array in (x, x_rows, y_rows, factors, tiles, *ends)
+    ]
+    device.arrange(seed=seed)
+    device.call("case_grouped", c, w.table, inputs[0], result, *inputs[1:])
+    y[...] = result.read()
 
 
 class Route(ctypes.Structure):
@@ -195,40 +182,50 @@ class Routes:
     """What route_many found, in device memory."""
 
     def __init__(
-        self, logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 0
+        self,
+        device: Device,
+        logits: NDArray[np.float32],
+        top_k: int,
+        *,
+        shared: bool,
+        seed: int = 0,
     ) -> None:
-        library = library_of_cases()
-        self.shape = Route(*logits.shape, top_k, shared)
-        n_bytes = library.case_route_bytes(ctypes.byref(self.shape))
-        self.memory = device_array(library, np.full(n_bytes, 0xFF, np.uint8))
-        call(library, "case_route", ctypes.byref(self.shape), logits, self.memory, seed=seed)
+        library = device.library
+        library.case_route_bytes.restype = ctypes.c_int64
+        self.device, self.shape = device, Route(*logits.shape, top_k, shared)
+        self.memory = device.reserve(library.case_route_bytes(ctypes.byref(self.shape)))
+        device.arrange(seed=seed)
+        device.call("case_route", self.shape, device.put(logits), self.memory)
         places = np.zeros(5, np.int64)
         library.case_route_places(
             ctypes.byref(self.shape),
-            *(ctypes.c_void_p(array.ctypes.data) for array in (self.memory, places)),
+            ctypes.c_void_p(self.memory.address),
+            ctypes.c_void_p(places.ctypes.data),
         )
         n_tokens = len(logits)
         n_visits = n_tokens * (top_k + int(shared))
-        self.token = self._at(places[0], np.int32, n_visits)
-        self.factor = self._at(places[1], np.float32, n_visits)
-        self.visits = self._at(places[2], np.int32, n_tokens * top_k).reshape(n_tokens, top_k)
-        self.tile_ends = self._at(places[4], np.int32, 3)
-        tiles = self._at(places[3], np.int32, 5 * int(self.tile_ends[2]))
-        self.tiles = tiles.reshape(-1, 5)
+        found = self.memory.read()
 
-    def _at(self, place: int, kind: Any, count: int) -> NDArray[Any]:
-        n_bytes = count * np.dtype(kind).itemsize
-        return self.memory[place : place + n_bytes].view(np.ndarray).view(kind)
+        def at(place: int, kind: Any, count: int) -> NDArray[Any]:
+            return found[place : place + count * np.dtype(kind).itemsize].view(kind)
+
+        self.token = at(places[0], np.int32, n_visits)
+        self.factor = at(places[1], np.float32, n_visits)
+        self.visits = at(places[2], np.int32, n_tokens * top_k).reshape(n_tokens, top_k)
+        self.tile_ends = at(places[4], np.int32, 3)
+        self.tiles = at(places[3], np.int32, 5 * int(self.tile_ends[2])).reshape(-1, 5)
 
     def combine(self, rows: NDArray[np.float32], y: NDArray[np.float32], dim: int) -> None:
-        call(
-            library_of_cases(),
+        result = self.device.put(y)
+        strides = [ctypes.c_int64(array.shape[1]) for array in (rows, y)]
+        self.device.call(
             "case_combine",
-            ctypes.byref(self.shape),
+            self.shape,
             self.memory,
-            rows,
-            ctypes.c_int64(rows.shape[1]),
-            y,
-            ctypes.c_int64(y.shape[1]),
+            self.device.put(rows),
+            strides[0],
+            result,
+            strides[1],
             dim,
         )
+        y[...] = result.read()

@@ -1,5 +1,4 @@
-// C functions over grouped products and the routing of many tokens, for tests on the emulated
-// device.
+// C functions over grouped products and the routing of many tokens, for tests.
 #include <algorithm>
 #include <iterator>
 
@@ -75,7 +74,7 @@ int case_grouped(const CaseProduct* c, const TilePointers* groups, const std::ui
     p.first_tile = first_tile;
     p.last_tile = last_tile;
     p.n_visits = c->n_visits;
-    (c->hopper != 0 ? sm90::grouped_many : grouped_many)(p, c->multiprocessors, nullptr);
+    (c->hopper != 0 ? sm90::grouped_many : grouped_many)(p, c->multiprocessors, stream);
   });
 }
 
@@ -118,15 +117,14 @@ void case_route_places(const CaseRoute* c, std::byte* memory, std::int64_t* plac
 }
 
 int case_route(const CaseRoute* c, const float* logits, std::byte* memory) {
-  return caught(
-      [&] { route_many(route_of(*c), logits, routes_in(route_of(*c), memory), nullptr); });
+  return caught([&] { route_many(route_of(*c), logits, routes_in(route_of(*c), memory), stream); });
 }
 
 int case_combine(const CaseRoute* c, std::byte* memory, const float* rows, std::int64_t rows_stride,
                  float* y, std::int64_t y_stride, std::int32_t dim) {
   return caught([&] {
     combine_rows(route_of(*c), routes_in(route_of(*c), memory),
-                 {rows, rows_stride, y, y_stride, dim}, nullptr);
+                 {rows, rows_stride, y, y_stride, dim}, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-"""Grouped products against NumPy in float64, on the emulated device: both kernels, all formats."""
+"""Grouped products against NumPy in float64, both kernels, all formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from emulated_build import EmulatorError
+from cuda_device import Device, DeviceError
 from grouped_cases import (
     ADD,
     GATE_UP,
@@ -18,7 +18,6 @@ from grouped_cases import (
     Weights,
     bf16_bits,
     from_bf16,
-    library_of_cases,
     list_tiles,
     make_weights,
     run_product,
@@ -77,25 +76,27 @@ FORMATS = [
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_one_matrix_equals_float64(hopper: bool, kind: dict[str, Any], seed: int) -> None:
+def test_one_matrix_equals_float64(
+    device: Device, hopper: bool, kind: dict[str, Any], seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     n_rows, rows, inputs = [(70, 272, 256), (130, 24, 136), (3, 40, 512)][seed]
-    w = make_weights(rng, n_experts=1, rows=rows, inputs=inputs, **kind)
+    w = make_weights(device, rng, n_experts=1, rows=rows, inputs=inputs, **kind)
     x = make_x(rng, n_rows, inputs, inputs + 8)
     y = np.full((n_rows, rows + 3), POISON)
-    run_product(w, x, y, hopper=hopper, n_visits=n_rows, seed=seed)
+    run_product(device, w, x, y, hopper=hopper, n_visits=n_rows, seed=seed)
     expected, size = product(w, x, np.zeros(n_rows, int))
     assert_close(y[:, :rows], expected, size, EXACT)
     assert np.isnan(y[:, rows:]).all()
 
 
 @pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 127, 128, 129, 300])
-def test_any_number_of_rows_equals_float64(hopper: bool, n_rows: int) -> None:
+def test_any_number_of_rows_equals_float64(device: Device, hopper: bool, n_rows: int) -> None:
     rng = np.random.default_rng(n_rows)
-    w = make_weights(rng, n_experts=1, rows=20, inputs=128)
+    w = make_weights(device, rng, n_experts=1, rows=20, inputs=128)
     x = make_x(rng, n_rows, 128, 128)
     y = np.full((n_rows + 1, 20), POISON)
-    run_product(w, x, y, hopper=hopper, n_visits=n_rows, seed=1)
+    run_product(device, w, x, y, hopper=hopper, n_visits=n_rows, seed=1)
     expected, size = product(w, x, np.zeros(n_rows, int))
     assert_close(y[:n_rows], expected, size, EXACT)
     assert np.isnan(y[n_rows:]).all()
@@ -110,15 +111,18 @@ COUNTS = [
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_experts_gather_and_swiglu(hopper: bool, counts: list[int], seed: int) -> None:
+def test_experts_gather_and_swiglu(
+    device: Device, hopper: bool, counts: list[int], seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     ffn, inputs, n_visits, n_tokens = 44, 264, sum(counts), 90
-    w = make_weights(rng, n_experts=4, rows=2 * ffn, inputs=inputs, order=GATE_UP)
+    w = make_weights(device, rng, n_experts=4, rows=2 * ffn, inputs=inputs, order=GATE_UP)
     x = make_x(rng, n_tokens, inputs, inputs)
     tokens = rng.integers(0, n_tokens, n_visits).astype(np.int32)
     factors = rng.uniform(0, 1, n_visits).astype(np.float32)
     act = np.full((n_visits + 1, ffn + 4), 0x7FC0, np.uint16)
     run_product(
+        device,
         w,
         x,
         act,
@@ -141,16 +145,24 @@ def test_experts_gather_and_swiglu(hopper: bool, counts: list[int], seed: int) -
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_down_adds_each_visit_to_its_token(hopper: bool, seed: int) -> None:
+def test_down_adds_each_visit_to_its_token(device: Device, hopper: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts, rows, inputs, n_tokens = [40, 0, 131, 64], 280, 128, 300
-    w = make_weights(rng, n_experts=4, rows=rows, inputs=inputs, bits=8)
+    w = make_weights(device, rng, n_experts=4, rows=rows, inputs=inputs, bits=8)
     x = make_x(rng, sum(counts), inputs, inputs)
     tokens = rng.permutation(n_tokens)[: sum(counts)].astype(np.int32)
     residual = rng.standard_normal((n_tokens, rows + 1)).astype(np.float32)
     y = residual.copy()
     run_product(
-        w, x, y, hopper=hopper, output=ADD, y_rows=tokens, tiles=list_tiles(counts), seed=seed
+        device,
+        w,
+        x,
+        y,
+        hopper=hopper,
+        output=ADD,
+        y_rows=tokens,
+        tiles=list_tiles(counts),
+        seed=seed,
     )
     added, size = product(w, x, np.repeat(np.arange(4), counts))
     expected, sizes = residual.astype(np.float64), abs(residual).astype(np.float64)
@@ -161,34 +173,38 @@ def test_down_adds_each_visit_to_its_token(hopper: bool, seed: int) -> None:
     np.testing.assert_array_equal(y[untouched], residual[untouched])
 
 
-def test_part_of_the_tiles_is_computed(hopper: bool) -> None:
+def test_part_of_the_tiles_is_computed(device: Device, hopper: bool) -> None:
     rng = np.random.default_rng(0)
     counts = [130, 7, 140]
-    w = make_weights(rng, n_experts=3, rows=280, inputs=128)
+    w = make_weights(device, rng, n_experts=3, rows=280, inputs=128)
     x = make_x(rng, sum(counts), 128, 128)
     y = np.full((sum(counts), 280), 0x7FC0, np.uint16)
     tiles = list_tiles(counts)
-    run_product(w, x, y, hopper=hopper, output=STORE_BF16, tiles=tiles, first_tile=2, last_tile=5)
+    run_product(
+        device, w, x, y, hopper=hopper, output=STORE_BF16, tiles=tiles, first_tile=2, last_tile=5
+    )
     expected, size = product(w, x, np.repeat(np.arange(3), counts))
     assert np.isnan(from_bf16(y[:130])).all()
     assert_close(from_bf16(y[130:]), expected[130:], abs(expected[130:]) + 1e-2 * size[130:], BF16)
 
 
-def test_rows_do_not_depend_on_company(hopper: bool) -> None:
+def test_rows_do_not_depend_on_company(device: Device, hopper: bool) -> None:
     rng = np.random.default_rng(3)
-    w = make_weights(rng, n_experts=1, rows=32, inputs=384)
+    w = make_weights(device, rng, n_experts=1, rows=32, inputs=384)
     x = make_x(rng, 200, 384, 384)
     together, alone = np.zeros((200, 32), np.float32), np.zeros((200, 32), np.float32)
-    run_product(w, x, together, hopper=hopper, n_visits=200)
+    run_product(device, w, x, together, hopper=hopper, n_visits=200)
     for row in (0, 64, 130, 199):
-        run_product(w, x[row : row + 1].copy(), alone[row : row + 1], hopper=hopper, n_visits=1)
+        run_product(
+            device, w, x[row : row + 1].copy(), alone[row : row + 1], hopper=hopper, n_visits=1
+        )
         np.testing.assert_array_equal(alone[row], together[row])
 
 
 @pytest.mark.parametrize("n_row_blocks", [1, 15, 16, 17, 40])
-def test_every_job_comes_once(n_row_blocks: int) -> None:
+def test_every_job_comes_once(device: Device, n_row_blocks: int) -> None:
     tiles = list_tiles([300, 0, 1, 128, 1000])
-    library, found = library_of_cases(), np.zeros(2, np.int32)
+    library, found = device.library, np.zeros(2, np.int32)
     jobs, number = [], 0
     while library.case_job(pointer(tiles), len(tiles), number, n_row_blocks, pointer(found)):
         jobs.append(tuple(found.tolist()))
@@ -198,24 +214,28 @@ def test_every_job_comes_once(n_row_blocks: int) -> None:
     assert {block for _, block in jobs} == set(range(n_row_blocks))
 
 
-def test_what_cannot_be_is_refused(hopper: bool) -> None:
+def test_what_cannot_be_is_refused(device: Device, hopper: bool) -> None:
     rng = np.random.default_rng(0)
-    w = make_weights(rng, n_experts=1, rows=16, inputs=128)
+    w = make_weights(device, rng, n_experts=1, rows=16, inputs=128)
     y = np.zeros((1, 16), np.float32)
-    with pytest.raises(EmulatorError, match="rows of x must be aligned"):
-        run_product(w, make_x(rng, 1, 128, 132), y, hopper=hopper, n_visits=1)
-    with pytest.raises(EmulatorError, match="SwiGLU"):
-        run_product(w, make_x(rng, 1, 128, 128), y, hopper=hopper, n_visits=1, output=SWIGLU)
+    with pytest.raises(DeviceError, match="rows of x must be aligned"):
+        run_product(device, w, make_x(rng, 1, 128, 132), y, hopper=hopper, n_visits=1)
+    with pytest.raises(DeviceError, match="SwiGLU"):
+        run_product(
+            device, w, make_x(rng, 1, 128, 128), y, hopper=hopper, n_visits=1, output=SWIGLU
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_ring_goes_round_many_times(bits: int, seed: int) -> None:
+def test_ring_goes_round_many_times(device: Device, bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts, rows, inputs = [129, 64, 0, 10], 520, 1160
-    w = make_weights(rng, n_experts=4, rows=rows, inputs=inputs, bits=bits)
+    w = make_weights(device, rng, n_experts=4, rows=rows, inputs=inputs, bits=bits)
     x = make_x(rng, sum(counts), inputs, inputs)
     y = np.full((sum(counts), rows), POISON)
-    run_product(w, x, y, hopper=True, tiles=list_tiles(counts), multiprocessors=1, seed=seed)
+    run_product(
+        device, w, x, y, hopper=True, tiles=list_tiles(counts), multiprocessors=1, seed=seed
+    )
     expected, size = product(w, x, np.repeat(np.arange(4), counts))
     assert_close(y, expected, size, EXACT)

@@ -1,4 +1,4 @@
-"""Routing of many tokens against NumPy, and a whole layer of experts, on the emulated device."""
+"""Routing of many tokens against NumPy, and a whole layer of experts, on both devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from emulated_build import EmulatorError
+from cuda_device import Device, DeviceError
 from grouped_cases import (
     ADD,
     GATE_UP,
@@ -29,9 +29,11 @@ def choose(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :top_k], axis=1)
 
 
-def check(logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 0) -> None:
+def check(
+    device: Device, logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 0
+) -> None:
     n_tokens, n_experts = logits.shape
-    routes = Routes(logits, top_k, shared=shared, seed=seed)
+    routes = Routes(device, logits, top_k, shared=shared, seed=seed)
     experts = choose(logits, top_k)
     n_shared = n_tokens if shared else 0
     order = np.argsort(experts.reshape(-1), kind="stable")  # by expert, then token
@@ -62,36 +64,36 @@ def check(logits: NDArray[np.float32], top_k: int, *, shared: bool, seed: int = 
 
 @pytest.mark.parametrize("n_tokens", [1, 127, 128, 129, 1000])
 @pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (16, 1), (16, 2), (128, 1), (256, 8)])
-def test_routes_equal_numpy(n_tokens: int, n_experts: int, top_k: int) -> None:
+def test_routes_equal_numpy(device: Device, n_tokens: int, n_experts: int, top_k: int) -> None:
     rng = np.random.default_rng(n_tokens)
     logits = rng.standard_normal((n_tokens, n_experts)).astype(np.float32)
-    check(logits, top_k, shared=n_tokens % 2 == 1, seed=n_tokens % 3)
+    check(device, logits, top_k, shared=n_tokens % 2 == 1, seed=n_tokens % 3)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
-def test_ties_go_to_the_lower_expert(top_k: int) -> None:
+def test_ties_go_to_the_lower_expert(device: Device, top_k: int) -> None:
     rng = np.random.default_rng(top_k)
-    check(rng.integers(0, 3, (200, 48)).astype(np.float32), top_k, shared=False, seed=1)
-    check(np.zeros((70, 48), np.float32), top_k, shared=True)
+    check(device, rng.integers(0, 3, (200, 48)).astype(np.float32), top_k, shared=False, seed=1)
+    check(device, np.zeros((70, 48), np.float32), top_k, shared=True)
 
 
 @pytest.mark.parametrize("expert", [0, 7, 15])
-def test_all_tokens_on_one_expert(expert: int) -> None:
+def test_all_tokens_on_one_expert(device: Device, expert: int) -> None:
     logits = np.full((700, 16), -np.inf, np.float32)
     logits[:, expert] = 100
-    check(logits, 1, shared=False)
+    check(device, logits, 1, shared=False)
 
 
-def test_skewed_experts_and_many_blocks() -> None:
+def test_skewed_experts_and_many_blocks(device: Device) -> None:
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((5000, 16)) + np.array([3, 2] + [0] * 14)
-    check(logits.astype(np.float32), 1, shared=True, seed=2)
+    check(device, logits.astype(np.float32), 1, shared=True, seed=2)
 
 
-def test_nan_logits_still_choose_different_experts() -> None:
+def test_nan_logits_still_choose_different_experts(device: Device) -> None:
     logits = np.full((140, 20), np.nan, np.float32)
     logits[::2, ::3] = 1
-    routes = Routes(logits, 4, shared=False)
+    routes = Routes(device, logits, 4, shared=False)
     n_of = np.zeros(20, int)
     for group, _, n, _, _ in routes.tiles.tolist():
         n_of[group] += n
@@ -100,11 +102,11 @@ def test_nan_logits_still_choose_different_experts() -> None:
     assert (np.diff(expert, axis=1) > 0).all()
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(EmulatorError, match="1 to 256 experts"):
-        Routes(np.zeros((1, 257), np.float32), 1, shared=False)
-    with pytest.raises(EmulatorError, match="1 to 8 experts"):
-        Routes(np.zeros((1, 4), np.float32), 5, shared=False)
+def test_what_cannot_be_is_refused(device: Device) -> None:
+    with pytest.raises(DeviceError, match="1 to 256 experts"):
+        Routes(device, np.zeros((1, 257), np.float32), 1, shared=False)
+    with pytest.raises(DeviceError, match="1 to 8 experts"):
+        Routes(device, np.zeros((1, 4), np.float32), 5, shared=False)
 
 
 # ---- a layer's experts, from logits to residual ----
@@ -126,30 +128,30 @@ def expected_layer(
 
 @pytest.mark.parametrize("hopper", [False, True], ids=["sm80", "sm90"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_layer_of_experts_equals_float64(hopper: bool, top_k: int) -> None:
+def test_layer_of_experts_equals_float64(device: Device, hopper: bool, top_k: int) -> None:
     rng = np.random.default_rng(top_k)
     n_tokens, n_experts, dim, ffn = 150, 4, 136, 72
     n = n_experts + 1
-    gate_up = make_weights(rng, n_experts=n, rows=2 * ffn, inputs=dim, order=GATE_UP)
-    down = make_weights(rng, n_experts=n, rows=dim, inputs=ffn)
+    gate_up = make_weights(device, rng, n_experts=n, rows=2 * ffn, inputs=dim, order=GATE_UP)
+    down = make_weights(device, rng, n_experts=n, rows=dim, inputs=ffn)
     x = bf16_bits(rng.standard_normal((n_tokens, dim)) / 8)
     logits = rng.standard_normal((n_tokens, n_experts)).astype(np.float32)
     residual = rng.standard_normal((n_tokens, dim)).astype(np.float32)
-    routes = Routes(logits, top_k, shared=True)
+    routes = Routes(device, logits, top_k, shared=True)
     tiles = routes.tiles.copy()
     _, shared_end, end = routes.tile_ends.tolist()
     both: dict[str, Any] = {"hopper": hopper, "tiles": tiles}
 
     act = np.full((len(routes.token), ffn), 0x7FC0, np.uint16)
     tokens, factors = routes.token.copy(), routes.factor.copy()
-    run_product(gate_up, x, act, output=SWIGLU, x_rows=tokens, factors=factors, **both)
+    run_product(device, gate_up, x, act, output=SWIGLU, x_rows=tokens, factors=factors, **both)
     y = residual.copy()
     if top_k == 1:  # a token's two visits are added by two launches
-        run_product(down, act, y, output=ADD, y_rows=tokens, last_tile=shared_end, **both)
-        run_product(down, act, y, output=ADD, y_rows=tokens, first_tile=shared_end, **both)
+        run_product(device, down, act, y, output=ADD, y_rows=tokens, last_tile=shared_end, **both)
+        run_product(device, down, act, y, output=ADD, y_rows=tokens, first_tile=shared_end, **both)
     else:
         rows = np.full((len(routes.token), dim), np.nan, np.float32)
-        run_product(down, act, rows, output=STORE, **both)
+        run_product(device, down, act, rows, output=STORE, **both)
         routes.combine(rows, y, dim)
     assert end == len(tiles)
     # The kernel's activations round to bf16 next to where NumPy's do: 2^-9 of some of their terms.
