@@ -1,5 +1,4 @@
-// C functions over grouped products and the routing of many tokens, for tests on the emulated
-// device.
+// C functions over grouped products and the routing of many tokens, for tests.
 #include <algorithm>
 #include <iterator>
 

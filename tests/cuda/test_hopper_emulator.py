@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from emulated_build import EmulatorError, build, call
 
-SOURCE = "tests/cuda/hopper_case.cu"
+SOURCE = "tests/cuda/emulated/hopper_selftest.cu"
 NONE, NO_START, NOT_SHOWN, NO_WAIT, EARLY_FRAGMENT, NO_BARRIER, EARLY_RELEASE = range(7)
 SEEDS = range(9)
 

@@ -2,7 +2,7 @@
 // twin.
 #include <cstdint>
 
-#include "case.h"
+#include "../case.h"
 #include "sm90/hopper.cuh"
 
 namespace camelid::cuda {
