@@ -224,6 +224,16 @@ def empty_y(n_tokens: int, columns: int, output: int) -> Array:
     return np.full((n_tokens, columns + 3), np.nan, np.float32)
 
 
+class CDense(ctypes.Structure):
+    """A product on Hopper's tensor cores, as tests/cuda/hopper.cu takes it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y", "x_scales", "w_scales")),
+        *((name, ctypes.c_int) for name in ("type", "n_tokens", "rows", "inputs")),
+        *((name, ctypes.c_int) for name in ("x_stride", "w_stride", "y_stride", "output")),
+    ]
+
+
 # ---- the experts of a layer ----
 class CExperts(ctypes.Structure):
     _fields_ = [

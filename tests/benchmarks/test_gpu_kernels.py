@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import gpu_kernels
+import gpu_parts
 from cuda_device import Memory, emulated_device
 
-TINY = gpu_kernels.Model(
+TINY = gpu_parts.Model(
     dim=128,
     qkv_rows=160,
     ffn_dim=64,
@@ -24,7 +25,7 @@ TINY = gpu_kernels.Model(
 US = 10.0
 
 
-class Emulated(gpu_kernels.Gpu):
+class Emulated(gpu_parts.Gpu):
     """Does each call once, and says that it took 10 us."""
 
     def __init__(self) -> None:
@@ -39,9 +40,7 @@ class Emulated(gpu_kernels.Gpu):
         n_bytes = min(n_bytes, 1 << 20)  # of what the peaks ask for
         return self.device.put(np.random.default_rng(seed).integers(0, 256, n_bytes, np.uint8))
 
-    def times(
-        self, calls: list[gpu_kernels.Call], n_runs: int = 7, n_calls: int = 1
-    ) -> list[float]:
+    def times(self, calls: list[gpu_parts.Call], n_runs: int = 7, n_calls: int = 1) -> list[float]:
         for call in calls:
             self.called.append(call[0])
             if call[0] not in ("read_memory", "copy_memory"):
@@ -101,4 +100,4 @@ def test_table_holds_medians_against_limits() -> None:
 
 @pytest.mark.parametrize(("n_bytes", "copies"), [(1000, 2), (100, 3), (99, 4), (10, 21)])
 def test_copies_pass_l2_twice(n_bytes: int, copies: int) -> None:
-    assert gpu_kernels.n_copies(n_bytes, 100) == copies
+    assert gpu_parts.n_copies(n_bytes, 100) == copies

@@ -12,6 +12,7 @@ from cuda_cases import (
     ADD,
     STORE,
     STORE_BF16,
+    CDense,
     assert_sums,
     assert_within,
     bf16,
@@ -23,14 +24,6 @@ from cuda_device import Device, gpu_device
 
 pytestmark = pytest.mark.cuda
 BF16, E4M3 = range(2)
-
-
-class CDense(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "w", "y", "x_scales", "w_scales")),
-        *((name, ctypes.c_int) for name in ("type", "n_tokens", "rows", "inputs")),
-        *((name, ctypes.c_int) for name in ("x_stride", "w_stride", "y_stride", "output")),
-    ]
 
 
 @pytest.fixture
