@@ -34,12 +34,14 @@ from cuda_cases import (  # noqa: E402
     PLAIN,
     STORE,
     STORE_BF16,
+    SWIGLU,
     CExperts,
     Shape,
     bf16,
     from_bf16,
 )
 from cuda_device import Device, Memory  # noqa: E402
+from grouped_cases import Product, list_tiles  # noqa: E402
 
 Call = tuple[Any, ...]  # a name of the library, and arguments
 N_RUNS = 50  # of each graph
@@ -59,6 +61,7 @@ class Model:
     big: int = 8192  # the square matrix product that stands for the peak
     peak_bytes: int = 2 << 30  # what is read and copied for the peaks
     moe_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    prefill_tokens: tuple[int, ...] = (256, 1024, 4096, 8192)
 
 
 @dataclass
@@ -89,9 +92,9 @@ class Gpu:
         self.device.submit("fill_random", memory, ctypes.c_int64(n_bytes), seed)
         return memory
 
-    def times(self, calls: list[Call], n_runs: int = N_RUNS) -> list[float]:
-        """Return the microseconds of one call, in each of n_runs of all calls in a row."""
-        calls = calls * -(-N_CALLS // len(calls))
+    def times(self, calls: list[Call], n_runs: int = N_RUNS, n_calls: int = N_CALLS) -> list[float]:
+        """Return the microseconds of one call, in each of n_runs of n_calls in a row, or more."""
+        calls = calls * -(-n_calls // len(calls))
         self.device.submit("graph_begin")
         for call in calls:
             self.device.submit(*call)
@@ -165,7 +168,7 @@ def dense_row(gpu: Gpu, n: int) -> Row:
     gpu.device.library.matmul_dense_need.restype = ctypes.c_int64
     need = gpu.device.library.matmul_dense_need(ctypes.byref(c))
     workspace = gpu.device.reserve(max(1, need))
-    times = gpu.times([("run_matmul_dense", c, workspace)], 20)
+    times = gpu.times([("run_matmul_dense", c, workspace)], 20, 4)
     return Row(f"dense bf16 {n} x {n}", n, 6 * n * n, 2 * n**3, times)
 
 
@@ -286,11 +289,54 @@ def moe_rows(gpu: Gpu, model: Model, l2_bytes: int) -> Iterator[Row]:
         yield Row(name, n_tokens, n_bytes, flops, gpu.times(calls))
 
 
+def grouped_rows(gpu: Gpu, model: Model, l2_bytes: int) -> Iterator[Row]:
+    """Measure the products of a layer's experts, the shared one among them, with many tokens.
+
+    All of them are read in a call, which is far more than L2 holds.
+    """
+    hopper = gpu.info()["capability"] == 90
+    layer = random_layer(gpu, model, 0)
+    pairs = [layer.pairs[-1], *layer.pairs[:-1]]  # group 0 is the shared expert
+    for n_tokens in model.prefill_tokens:
+        values = activations(n_tokens, model.dim)
+        expert = np.argmax(from_bf16(values) @ from_bf16(layer.router).T, axis=1)
+        counts = [n_tokens, *np.bincount(expert, minlength=model.n_experts).tolist()]
+        tiles = list_tiles(counts)
+        order = np.concatenate([np.arange(n_tokens), np.argsort(expert, kind="stable")])
+        x_rows = gpu.device.put(order.astype(np.int32))
+        factors = gpu.device.put(np.full(2 * n_tokens, 0.5, np.float32))
+        ends = [gpu.device.put(np.array([end], np.int32)) for end in (0, len(tiles))]
+        act = gpu.device.put(activations(2 * n_tokens, model.ffn_dim))
+        out = gpu.device.reserve(2 * n_tokens * model.dim * 4)
+        at = gpu.device.put(tiles)
+        x = gpu.device.put(values)
+        products = [
+            ("gate, up, SwiGLU", 0, SWIGLU, x, act, x_rows, factors),
+            ("down", 1, STORE, act, out, None, None),
+        ]
+        for name, which, output, source, target, rows, scale in products:
+            weights = [pair[which] for pair in pairs]
+            shape = weights[0].shape
+            table = gpu.device.put(
+                np.array([(w.tiles.address, w.scales.address) for w in weights], np.uint64)
+            )
+            stride = shape.rows // 2 if output == SWIGLU else shape.rows
+            multiprocessors = gpu.info()["multiprocessors"]
+            c = Product(shape, output, 0, hopper, multiprocessors, shape.inputs, stride)
+            call = ("case_grouped", c, table, source, target, rows, None, scale, at, *ends)
+            n_hit = sum(count > 0 for count in counts)
+            n_bytes = n_hit * weights[0].n_bytes + source.n_bytes + target.n_bytes
+            n_flops = 4 * n_tokens * shape.rows * shape.inputs
+            title = f"INT4 experts, grouped: {name}"
+            yield Row(title, n_tokens, n_bytes, n_flops, gpu.times([call], 20, 4))
+
+
 # Each family of kernels; what it reserves goes back before the next begins.
 FAMILIES: list[Callable[[Gpu, Model, int], Iterator[Row]]] = [
     lambda gpu, model, l2: matmul_rows(gpu, "QKV", model.qkv_rows, model.dim, 4, (1, 8), l2),
     lambda gpu, model, l2: matmul_rows(gpu, "O", model.dim, model.dim, 4, (1, 8), l2),
     moe_rows,
+    grouped_rows,
     lambda gpu, model, l2: matmul_rows(gpu, "lm_head", model.vocab_size, model.dim, 8, (1, 8), l2),
 ]
 

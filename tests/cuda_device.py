@@ -74,6 +74,9 @@ class Device:
         memory.write(values)
         return memory
 
+    def is_hopper(self) -> bool:
+        return self.emulated or self.library.compute_capability() == 90
+
     def arrange(self, *, seed: int = 0, multiprocessors: int = 5) -> None:
         """Choose the order of threads, when copies arrive, and how large grids are.
 

@@ -7,21 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
+from cuda_cases import CHUNK, PLAIN, STORE, Shape, bf16, from_bf16
 from cuda_device import Device, Memory
 
 TILE_TOKENS = 128
-CHUNK = 128
-STORE, STORE_BF16, ADD, SWIGLU = range(4)
-PLAIN, GATE_UP = range(2)
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("rows", "inputs", "entries", "bits", "scales", "order")
-    ]
 
 
 class Product(ctypes.Structure):
@@ -33,22 +24,13 @@ class Product(ctypes.Structure):
     ]
 
 
-def bf16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
-    """Round to bf16, to the nearest, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 @dataclass
 class Weights:
     """Experts' matrices: their values, and where they lie in device memory."""
 
     shape: Shape
     values: NDArray[np.float64]  # [n_experts, rows, inputs], dequantised
+    device: Device
     table: Memory  # pointers
     keep: list[Memory]
 
@@ -89,7 +71,7 @@ def make_weights(
         q = rng.integers(low, -low, (rows, inputs), dtype=np.int32)
         n_chunks = -(-inputs // CHUNK)
         n_groups = n_chunks * CHUNK // min(group, CHUNK)
-        scale = from_bf16(bf16_bits(rng.uniform(0.5, 1.5, (rows, n_groups)) / -low))
+        scale = from_bf16(bf16(rng.uniform(0.5, 1.5, (rows, n_groups)) / -low))
         if group > CHUNK:  # neighbouring chunks share a scale
             scale = scale[:, np.arange(n_groups) // (group // CHUNK)]
         zero = np.zeros_like(scale)
@@ -106,7 +88,7 @@ def make_weights(
         table[expert] = [memory.address for memory in on_device]
         of_input = np.arange(inputs) // min(group, CHUNK)
         values[expert] = (q - zero[:, of_input].astype(np.float64)) * scale[:, of_input]
-    return Weights(shape, values, device.put(table), keep)
+    return Weights(shape, values, device, device.put(table), keep)
 
 
 def pack_scales(
@@ -121,7 +103,7 @@ def pack_scales(
         return np.ascontiguousarray(of_rows.reshape(-1, 16, values.shape[1]).swapaxes(1, 2))
 
     if shape.scales == 0:
-        return bf16_bits(tiled(scale))
+        return bf16(tiled(scale))
     return np.stack([tiled(scale), tiled(zero)], axis=-1).astype(np.float32)
 
 
@@ -139,7 +121,6 @@ def list_tiles(counts: list[int]) -> NDArray[np.int32]:
 
 
 def run_product(
-    device: Device,
     w: Weights,
     x: NDArray[np.uint16],
     y: NDArray[Any],
@@ -157,21 +138,17 @@ def run_product(
     seed: int = 0,
 ) -> None:
     """Call grouped_many; x and y are [rows, stride]."""
-    if hopper and not device.emulated and device.library.compute_capability() != 90:
-        pytest.skip("needs a Hopper GPU")
+    device = w.device
+    device.arrange(seed=seed)
     c = Product(w.shape, output, n_visits, hopper, multiprocessors, x.shape[1], y.shape[1])
     ends: list[Any] = [None, None]
     if tiles is not None:
         last = len(tiles) if last_tile is None else last_tile
         ends = [np.array([first_tile], np.int32), np.array([last], np.int32)]
-    result = device.put(y)
-    inputs = [
-        None if array is None else device.put(array)
-        for array in (x, x_rows, y_rows, factors, tiles, *ends)
-    ]
-    device.arrange(seed=seed)
-    device.call("case_grouped", c, w.table, inputs[0], result, *inputs[1:])
-    y[...] = result.read()
+    given = [x_rows, y_rows, factors, tiles, *ends]
+    at = [None if values is None else device.put(values) for values in (x, y, *given)]
+    device.call("case_grouped", c, w.table, *at)
+    y[...] = at[1].read()
 
 
 class Route(ctypes.Structure):
@@ -190,9 +167,9 @@ class Routes:
         shared: bool,
         seed: int = 0,
     ) -> None:
-        library = device.library
+        self.device, library = device, device.library
+        self.shape = Route(*logits.shape, top_k, shared)
         library.case_route_bytes.restype = ctypes.c_int64
-        self.device, self.shape = device, Route(*logits.shape, top_k, shared)
         self.memory = device.reserve(library.case_route_bytes(ctypes.byref(self.shape)))
         device.arrange(seed=seed)
         device.call("case_route", self.shape, device.put(logits), self.memory)
@@ -202,13 +179,14 @@ class Routes:
             ctypes.c_void_p(self.memory.address),
             ctypes.c_void_p(places.ctypes.data),
         )
-        n_tokens = len(logits)
-        n_visits = n_tokens * (top_k + int(shared))
         found = self.memory.read()
 
         def at(place: int, kind: Any, count: int) -> NDArray[Any]:
-            return found[place : place + count * np.dtype(kind).itemsize].view(kind)
+            n_bytes = count * np.dtype(kind).itemsize
+            return found[place : place + n_bytes].view(kind)
 
+        n_tokens = len(logits)
+        n_visits = n_tokens * (top_k + int(shared))
         self.token = at(places[0], np.int32, n_visits)
         self.factor = at(places[1], np.float32, n_visits)
         self.visits = at(places[2], np.int32, n_tokens * top_k).reshape(n_tokens, top_k)
@@ -216,16 +194,15 @@ class Routes:
         self.tiles = at(places[3], np.int32, 5 * int(self.tile_ends[2])).reshape(-1, 5)
 
     def combine(self, rows: NDArray[np.float32], y: NDArray[np.float32], dim: int) -> None:
-        result = self.device.put(y)
-        strides = [ctypes.c_int64(array.shape[1]) for array in (rows, y)]
+        at = self.device.put(y)
         self.device.call(
             "case_combine",
             self.shape,
             self.memory,
             self.device.put(rows),
-            strides[0],
-            result,
-            strides[1],
+            ctypes.c_int64(rows.shape[1]),
+            at,
+            ctypes.c_int64(y.shape[1]),
             dim,
         )
-        y[...] = result.read()
+        y[...] = at.read()

@@ -36,14 +36,21 @@ class Kernel:
         return sum(n for name, n in self.counts.items() if re.match(pattern, name))
 
 
-# Kernels by a part of their mangled name, and what they must have. 16 bytes at a time, past L1;
+# Kernels by a pattern of their mangled name, and what they must have. 16 bytes at a time, past L1;
 # whole matrices out of shared memory; products on tensor cores.
 _STREAM = (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4")
 MEANT = {
     "run_matmul_few": _STREAM,
     "run_experts_few": _STREAM,
     "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
+    r"4cuda\d\d_GLOBAL_.*grouped_many_kernel": _STREAM[:2],
+    r"4cuda4sm90.*grouped_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
     "cutlass13device_kernel": (r"[HQ]GMMA\.64x", r"UTMALDG"),
+}
+# Who may touch local memory all the same, and how often.
+MAY_SPILL = {
+    # One word of a job, which the producer with its 40 registers puts away while it copies.
+    r"4sm90.*grouped_many_kernelILNS0_4BitsE1ELNS0_6ScalesE1E": 2,
 }
 LOCAL_MEMORY = r"(LDL|STL)(\.|$)"
 
@@ -98,25 +105,29 @@ def demangled(names: list[str]) -> list[str]:
 # ---- judging ----
 def violations(kernels: list[Kernel]) -> Iterator[tuple[Kernel, str]]:
     for kernel in kernels:
-        if n := kernel.has(LOCAL_MEMORY):
+        allowed = sum(n for part, n in MAY_SPILL.items() if re.search(part, kernel.name))
+        if (n := kernel.has(LOCAL_MEMORY)) > allowed:
             yield kernel, f"{n} accesses of local memory: registers spill, or arrays are indexed"
         for part, patterns in MEANT.items():
-            if part in kernel.name:
+            if re.search(part, kernel.name):
                 for pattern in patterns:
                     if not kernel.has(pattern):
                         yield kernel, f"no instruction {pattern}"
     for part in MEANT:
-        if not any(part in kernel.name for kernel in kernels):
+        if not any(re.search(part, kernel.name) for kernel in kernels):
             yield Kernel(part, "any", Counter()), "there is no such kernel"
 
 
 def log_violations(log: str) -> Iterator[str]:
-    entry = "(before the first kernel)"
+    kernel = arch = "?"
     for line in log.splitlines():
         if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            entry = f"{demangled([found[1]])[0]} for {found[2]}"
-        if re.search(r"[1-9]\d* bytes spill", line) or re.search(r"(?i)wgmma.*seriali", line):
-            yield f"{entry}: {line.strip()}"
+            kernel, arch = found[1], found[2]
+        spills = re.search(r"[1-9]\d* bytes spill", line)
+        if spills and any(re.search(part, kernel) for part in MAY_SPILL):
+            continue  # the machine code tells how much
+        if spills or re.search(r"(?i)wgmma.*seriali", line):
+            yield f"{demangled([kernel])[0]} for {arch}: {line.strip()}"
 
 
 def print_table(kernels: list[Kernel]) -> None:

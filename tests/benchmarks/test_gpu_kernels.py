@@ -13,7 +13,13 @@ import gpu_kernels
 from cuda_device import Memory, emulated_device
 
 TINY = gpu_kernels.Model(
-    dim=128, qkv_rows=160, ffn_dim=64, n_experts=3, vocab_size=300, moe_tokens=(1, 9)
+    dim=128,
+    qkv_rows=160,
+    ffn_dim=64,
+    n_experts=3,
+    vocab_size=300,
+    moe_tokens=(1, 9),
+    prefill_tokens=(7,),
 )
 US = 10.0
 
@@ -33,7 +39,9 @@ class Emulated(gpu_kernels.Gpu):
         n_bytes = min(n_bytes, 1 << 20)  # of what the peaks ask for
         return self.device.put(np.random.default_rng(seed).integers(0, 256, n_bytes, np.uint8))
 
-    def times(self, calls: list[gpu_kernels.Call], n_runs: int = 7) -> list[float]:
+    def times(
+        self, calls: list[gpu_kernels.Call], n_runs: int = 7, n_calls: int = 1
+    ) -> list[float]:
         for call in calls:
             self.called.append(call[0])
             if call[0] not in ("read_memory", "copy_memory"):
@@ -51,9 +59,11 @@ def test_every_kernel_is_called_and_written_down(
     record = json.loads(path.read_text())
     assert [(row["name"].split()[1], row["n_tokens"]) for row in record["rows"]] == [
         ("QKV", 1), ("QKV", 8), ("O", 1), ("O", 8), ("experts", 1), ("experts", 9),
-        ("lm_head", 1), ("lm_head", 8),
+        ("experts,", 7), ("experts,", 7), ("lm_head", 1), ("lm_head", 8),
     ]  # fmt: skip
-    assert set(gpu.called) == {"read_memory", "copy_memory", "run_matmul_few", "run_experts_few"}
+    assert set(gpu.called) == {
+        "read_memory", "copy_memory", "run_matmul_few", "run_experts_few", "case_grouped"
+    }  # fmt: skip
     report = path.with_suffix(".md").read_text()
     assert "(by torch)" in report
     assert "nan" not in report.lower()

@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cuda_device import Device, DeviceError
-from grouped_cases import (
-    ADD,
-    GATE_UP,
-    STORE_BF16,
-    SWIGLU,
-    Weights,
-    bf16_bits,
-    from_bf16,
-    list_tiles,
-    make_weights,
-    run_product,
-)
+from cuda_cases import ADD, GATE_UP, STORE_BF16, SWIGLU, bf16, from_bf16
+from cuda_device import Device, DeviceError, emulated_device
+from grouped_cases import Weights, list_tiles, make_weights, run_product
 
 
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
@@ -32,14 +22,16 @@ POISON = np.float32(np.nan)
 
 
 @pytest.fixture(params=[False, True], ids=["sm80", "sm90"])
-def hopper(request: pytest.FixtureRequest) -> bool:
+def hopper(request: pytest.FixtureRequest, device: Device) -> bool:
+    if request.param and not device.is_hopper():
+        pytest.skip("needs a Hopper GPU")
     return bool(request.param)
 
 
 def make_x(rng: np.random.Generator, n_rows: int, inputs: int, stride: int) -> NDArray[np.uint16]:
     """Rows with NaNs behind them, which nobody may let into a sum."""
     x = np.full((n_rows, stride), 0x7FC0, np.uint16)
-    x[:, :inputs] = bf16_bits(rng.standard_normal((n_rows, inputs)))
+    x[:, :inputs] = bf16(rng.standard_normal((n_rows, inputs)))
     return x
 
 
@@ -84,7 +76,7 @@ def test_one_matrix_equals_float64(
     w = make_weights(device, rng, n_experts=1, rows=rows, inputs=inputs, **kind)
     x = make_x(rng, n_rows, inputs, inputs + 8)
     y = np.full((n_rows, rows + 3), POISON)
-    run_product(device, w, x, y, hopper=hopper, n_visits=n_rows, seed=seed)
+    run_product(w, x, y, hopper=hopper, n_visits=n_rows, seed=seed)
     expected, size = product(w, x, np.zeros(n_rows, int))
     assert_close(y[:, :rows], expected, size, EXACT)
     assert np.isnan(y[:, rows:]).all()
@@ -96,7 +88,7 @@ def test_any_number_of_rows_equals_float64(device: Device, hopper: bool, n_rows:
     w = make_weights(device, rng, n_experts=1, rows=20, inputs=128)
     x = make_x(rng, n_rows, 128, 128)
     y = np.full((n_rows + 1, 20), POISON)
-    run_product(device, w, x, y, hopper=hopper, n_visits=n_rows, seed=1)
+    run_product(w, x, y, hopper=hopper, n_visits=n_rows, seed=1)
     expected, size = product(w, x, np.zeros(n_rows, int))
     assert_close(y[:n_rows], expected, size, EXACT)
     assert np.isnan(y[n_rows:]).all()
@@ -122,7 +114,6 @@ def test_experts_gather_and_swiglu(
     factors = rng.uniform(0, 1, n_visits).astype(np.float32)
     act = np.full((n_visits + 1, ffn + 4), 0x7FC0, np.uint16)
     run_product(
-        device,
         w,
         x,
         act,
@@ -154,15 +145,7 @@ def test_down_adds_each_visit_to_its_token(device: Device, hopper: bool, seed: i
     residual = rng.standard_normal((n_tokens, rows + 1)).astype(np.float32)
     y = residual.copy()
     run_product(
-        device,
-        w,
-        x,
-        y,
-        hopper=hopper,
-        output=ADD,
-        y_rows=tokens,
-        tiles=list_tiles(counts),
-        seed=seed,
+        w, x, y, hopper=hopper, output=ADD, y_rows=tokens, tiles=list_tiles(counts), seed=seed
     )
     added, size = product(w, x, np.repeat(np.arange(4), counts))
     expected, sizes = residual.astype(np.float64), abs(residual).astype(np.float64)
@@ -180,9 +163,7 @@ def test_part_of_the_tiles_is_computed(device: Device, hopper: bool) -> None:
     x = make_x(rng, sum(counts), 128, 128)
     y = np.full((sum(counts), 280), 0x7FC0, np.uint16)
     tiles = list_tiles(counts)
-    run_product(
-        device, w, x, y, hopper=hopper, output=STORE_BF16, tiles=tiles, first_tile=2, last_tile=5
-    )
+    run_product(w, x, y, hopper=hopper, output=STORE_BF16, tiles=tiles, first_tile=2, last_tile=5)
     expected, size = product(w, x, np.repeat(np.arange(3), counts))
     assert np.isnan(from_bf16(y[:130])).all()
     assert_close(from_bf16(y[130:]), expected[130:], abs(expected[130:]) + 1e-2 * size[130:], BF16)
@@ -193,18 +174,16 @@ def test_rows_do_not_depend_on_company(device: Device, hopper: bool) -> None:
     w = make_weights(device, rng, n_experts=1, rows=32, inputs=384)
     x = make_x(rng, 200, 384, 384)
     together, alone = np.zeros((200, 32), np.float32), np.zeros((200, 32), np.float32)
-    run_product(device, w, x, together, hopper=hopper, n_visits=200)
+    run_product(w, x, together, hopper=hopper, n_visits=200)
     for row in (0, 64, 130, 199):
-        run_product(
-            device, w, x[row : row + 1].copy(), alone[row : row + 1], hopper=hopper, n_visits=1
-        )
+        run_product(w, x[row : row + 1].copy(), alone[row : row + 1], hopper=hopper, n_visits=1)
         np.testing.assert_array_equal(alone[row], together[row])
 
 
 @pytest.mark.parametrize("n_row_blocks", [1, 15, 16, 17, 40])
-def test_every_job_comes_once(device: Device, n_row_blocks: int) -> None:
+def test_every_job_comes_once(n_row_blocks: int) -> None:
     tiles = list_tiles([300, 0, 1, 128, 1000])
-    library, found = device.library, np.zeros(2, np.int32)
+    library, found = emulated_device().library, np.zeros(2, np.int32)
     jobs, number = [], 0
     while library.case_job(pointer(tiles), len(tiles), number, n_row_blocks, pointer(found)):
         jobs.append(tuple(found.tolist()))
@@ -219,23 +198,22 @@ def test_what_cannot_be_is_refused(device: Device, hopper: bool) -> None:
     w = make_weights(device, rng, n_experts=1, rows=16, inputs=128)
     y = np.zeros((1, 16), np.float32)
     with pytest.raises(DeviceError, match="rows of x must be aligned"):
-        run_product(device, w, make_x(rng, 1, 128, 132), y, hopper=hopper, n_visits=1)
+        run_product(w, make_x(rng, 1, 128, 132), y, hopper=hopper, n_visits=1)
     with pytest.raises(DeviceError, match="SwiGLU"):
-        run_product(
-            device, w, make_x(rng, 1, 128, 128), y, hopper=hopper, n_visits=1, output=SWIGLU
-        )
+        run_product(w, make_x(rng, 1, 128, 128), y, hopper=hopper, n_visits=1, output=SWIGLU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_ring_goes_round_many_times(device: Device, bits: int, seed: int) -> None:
+    if not device.is_hopper():
+        pytest.skip("needs a Hopper GPU")
     rng = np.random.default_rng(seed)
     counts, rows, inputs = [129, 64, 0, 10], 520, 1160
     w = make_weights(device, rng, n_experts=4, rows=rows, inputs=inputs, bits=bits)
     x = make_x(rng, sum(counts), inputs, inputs)
     y = np.full((sum(counts), rows), POISON)
-    run_product(
-        device, w, x, y, hopper=True, tiles=list_tiles(counts), multiprocessors=1, seed=seed
-    )
+    run_product(w, x, y, hopper=True, tiles=list_tiles(counts), multiprocessors=1, seed=seed)
     expected, size = product(w, x, np.repeat(np.arange(4), counts))
     assert_close(y, expected, size, EXACT)
