@@ -55,8 +55,8 @@ constexpr int kSubtiles = 2;   // of 64 rows, for each of them
 constexpr int kSubtileTiles = 4;
 constexpr int kBlockTiles = kConsumers * kSubtiles * kSubtileTiles;  // row tiles: 256 rows
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 40 of 65536
+constexpr int kProducerRegisters = 48;
+constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 48 = 65536
 constexpr int kRowBytes = kTileInputs * 2;
 constexpr int kTokensBytes = kTileTokens * kRowBytes;  // of 64 inputs
 constexpr int kChunkSteps = kChunkInputs / kStepInputs;
