@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from camelid.errors import (
     Cancelled,
     CapacityError,
+    CheckpointError,
     Error,
     InternalError,
     InvalidRequest,
@@ -309,7 +310,9 @@ class EngineLoop:
         row = 0
         for (request, n_tokens), sampled in zip(turns, result.sampled, strict=True):
             output = request.wanted_output(n_tokens)
-            if output == 1:
+            if output == 1 and sampled.not_finite >= 0:
+                self._fail(request, _not_finite(sampled.not_finite))
+            elif output == 1:
                 self._tell(request, request.take_sampled, sampled)
             elif output == 2:
                 self._tell(request, request.take_logits, result.logits[row : row + n_tokens])
@@ -362,6 +365,13 @@ class EngineLoop:
 
 def _closed_meanwhile() -> Cancelled:
     return Cancelled("[llm] the model was closed while this request was under way.")
+
+
+def _not_finite(token: int) -> CheckpointError:
+    return CheckpointError(
+        f"[sampling] the logit of token {token} is not finite. The checkpoint may be damaged, or "
+        "its values overflow float32."
+    )
 
 
 def _as_arguments(features: Features | None) -> dict[str, Any]:
