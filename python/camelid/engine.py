@@ -156,14 +156,17 @@ class EngineLoop:
                         "[engine] the engine's thread is gone. This is a bug; please report it."
                     ) from None
 
-    def check_open(self) -> None:
+    def check_open(self, *, meanwhile: bool = False) -> None:
         """Refuse to go on with a model that is closed.
 
         Raises:
+            Cancelled: If it is, and what asks began before.
             InvalidRequest: If it is.
             Unsupported: In a process forked after the model was loaded.
         """
         self._check_process()
+        if self._closed and meanwhile:
+            raise _closed_meanwhile()
         if self._closed:
             raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
 
@@ -351,6 +354,7 @@ class EngineLoop:
 
     def _forget(self, request: Request) -> None:
         """Drop a request from every list and close its sequence; harmless when done before."""
+        request.drop_features()
         key = self._key_of.pop(request, None)
         if key is not None:
             del self._active[key]
