@@ -223,6 +223,7 @@ void bind_results(py::module_& m) {
   py::class_<Sampled>(m, "Sampled")
       .def_readonly("token", &Sampled::token)
       .def_readonly("logprob", &Sampled::logprob)
+      .def_readonly("not_finite", &Sampled::not_finite)
       .def_property_readonly("top", [](const Sampled& s) {
         std::vector<std::pair<std::int32_t, float>> top;
         for (const TokenLogprob& entry : s.top) top.emplace_back(entry.token, entry.logprob);

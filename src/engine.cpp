@@ -84,8 +84,8 @@ void Engine::finish_loading(std::size_t reserved_bytes) {
     fail(ErrorCode::kCapacity, "[memory] weights take ", weight_bytes(), " bytes, the workspace ",
          workspace, " and encoded images ", reserved_bytes, "; ", left,
          " bytes are left for the KV cache, which needs at least ", least, ". Raise memory= to ",
-         weight_bytes() + workspace + reserved_bytes + least,
-         " bytes or more, or use smaller weights.");
+         weight_bytes() + workspace + reserved_bytes + least, " bytes or more, ",
+         reserved_bytes > 0 ? "lower image_cache=, " : "", "or use smaller weights.");
   }
   cache_ = std::move(made);
 }

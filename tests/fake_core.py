@@ -32,6 +32,7 @@ class FakeSampled:
     token: int
     logprob: float = -0.5
     top: list[tuple[int, float]] = field(default_factory=list)
+    not_finite: int = -1
 
 
 @dataclass
@@ -54,6 +55,8 @@ class FakeCore:
         self.sequences: dict[int, list[int]] = {}
         self.steps: list[list[tuple[int, int, int]]] = []  # (sequence, tokens, output)
         self.says: Callable[[list[int]], int] = next_token
+        # The token whose logit is not finite after a sequence ran these, or -1.
+        self.bad_logit: Callable[[list[int]], int] = lambda tokens: -1
         self.before_step: Callable[[list[list[int]]], None] = lambda tokens: None
         self.on_open: Callable[[Any], None] = lambda params: None
         self._n_opened = 0
@@ -97,7 +100,7 @@ class FakeCore:
                 if output == 2:
                     rows.append(self.sequences[sequence][-1:] * VOCAB)
             said = self.says(self.sequences[sequence]) if output == 1 else -1
-            result.sampled.append(FakeSampled(said))
+            result.sampled.append(FakeSampled(said, not_finite=self.bad_logit(piece)))
         assert self.memory()["kv_used_bytes"] <= self.limit, "the scheduler promised too much"
         if rows:
             result.logits = np.array(rows, np.float32)

@@ -31,14 +31,18 @@ class SamplerParams:
     ) -> None: ...
 
 class Sampled:
-    """One sampled token: `top` holds (token id, logprob) pairs, best first, when asked for."""
+    """One sampled token: `top` holds (token id, logprob) pairs, best first, when asked for.
+
+    Where the logit of token `not_finite` is not finite, nothing was sampled; -1 where all are.
+    """
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    not_finite: int
 
 class StepResult:
-    sampled: list[Sampled]  # one per entry of the step; token -1 where nothing was asked for
+    sampled: list[Sampled]  # one per entry of the step; token -1 where nothing was sampled
     logits: NDArray[np.float32]  # [rows of all entries with output 2, vocab_size]
 
 class Engine:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from camelid.errors import (
     Cancelled,
     CapacityError,
+    CheckpointError,
     Error,
     InternalError,
     InvalidRequest,
@@ -155,14 +156,17 @@ class EngineLoop:
                         "[engine] the engine's thread is gone. This is a bug; please report it."
                     ) from None
 
-    def check_open(self) -> None:
+    def check_open(self, *, meanwhile: bool = False) -> None:
         """Refuse to go on with a model that is closed.
 
         Raises:
+            Cancelled: If it is, and what asks began before.
             InvalidRequest: If it is.
             Unsupported: In a process forked after the model was loaded.
         """
         self._check_process()
+        if self._closed and meanwhile:
+            raise _closed_meanwhile()
         if self._closed:
             raise InvalidRequest("[llm] this model is closed. Load it again to use it.")
 
@@ -309,7 +313,9 @@ class EngineLoop:
         row = 0
         for (request, n_tokens), sampled in zip(turns, result.sampled, strict=True):
             output = request.wanted_output(n_tokens)
-            if output == 1:
+            if output == 1 and sampled.not_finite >= 0:
+                self._fail(request, _not_finite(sampled.not_finite))
+            elif output == 1:
                 self._tell(request, request.take_sampled, sampled)
             elif output == 2:
                 self._tell(request, request.take_logits, result.logits[row : row + n_tokens])
@@ -348,6 +354,7 @@ class EngineLoop:
 
     def _forget(self, request: Request) -> None:
         """Drop a request from every list and close its sequence; harmless when done before."""
+        request.drop_features()
         key = self._key_of.pop(request, None)
         if key is not None:
             del self._active[key]
@@ -362,6 +369,13 @@ class EngineLoop:
 
 def _closed_meanwhile() -> Cancelled:
     return Cancelled("[llm] the model was closed while this request was under way.")
+
+
+def _not_finite(token: int) -> CheckpointError:
+    return CheckpointError(
+        f"[sampling] the logit of token {token} is not finite. The checkpoint may be damaged, or "
+        "its values overflow float32."
+    )
 
 
 def _as_arguments(features: Features | None) -> dict[str, Any]:

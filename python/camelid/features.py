@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from camelid.errors import InvalidRequest
 
-__all__ = ["Features", "PromptFeatures", "feature_rows", "join_features"]
+__all__ = ["Features", "PromptFeatures", "check_blocks", "feature_rows", "join_features"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def feature_rows(
     """
     is_image = ids == image_token_id
     n_tokens = int(is_image.sum())
+    if n_tokens and not n_features:
+        raise InvalidRequest(
+            f"[prompt] {n_tokens} tokens are {image_token_id}, which stands for images, and there "
+            "are no images. Pass them in order with the prompt's images, or leave these tokens out."
+        )
     if n_tokens != sum(n_features):
         each = ", ".join(map(str, n_features[:8])) + (", ..." if len(n_features) > 8 else "")
         raise InvalidRequest(
@@ -69,6 +74,39 @@ def feature_rows(
             "prompt."
         )
     return np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
+
+
+def check_blocks(
+    ids: NDArray[np.int32], n_features: Sequence[int], image_token_id: int, marks: tuple[int, int]
+) -> None:
+    """Refuse images that do not fill their places in a prompt, where it marks all of them.
+
+    Args:
+        ids: The prompt, int32 [n_tokens].
+        n_features: Of each image, in order.
+        image_token_id: The token each feature stands for.
+        marks: The tokens that begin and end an image.
+
+    Raises:
+        InvalidRequest: If all image tokens stand between marks, but not each image's in a pair.
+    """
+    edges = np.flatnonzero((ids == marks[0]) | (ids == marks[1]))
+    before = np.concatenate([[0], np.cumsum(ids == image_token_id)])
+    held = before[[*edges[1:], len(ids)]] - before[edges]  # from each mark to the next
+    blocks = [int(n) for n in held[ids[edges] == marks[0]] if n]
+    if sum(blocks) != before[-1]:
+        return  # some stand elsewhere: the prompt has a layout of its own
+    if len(blocks) != len(n_features):
+        raise InvalidRequest(
+            f"[prompt] {len(n_features)} images, and places for {len(blocks)}: stretches of image "
+            f"tokens between {marks[0]} and {marks[1]}. Encode each image's layout in the prompt."
+        )
+    for place, (n_held, n_wanted) in enumerate(zip(blocks, n_features, strict=True)):
+        if n_held != n_wanted:
+            raise InvalidRequest(
+                f"[prompt] images[{place}] needs {n_wanted} image tokens, its place in the prompt "
+                f"holds {n_held}. Pass images in the order of their places."
+            )
 
 
 def join_features(parts: Sequence[Features | None], counts: Sequence[int]) -> Features | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from camelid.errors import CheckpointError, InvalidRequest, Unsupported
+from camelid.errors import CheckpointError, Error, InvalidRequest, Unsupported
 from camelid.image_parts import is_pillow
 
 if TYPE_CHECKING:
@@ -90,7 +90,10 @@ class ImageInputs:
                 f"[prompt] images is {type(images).__name__}, expected a list of {_WANTED}."
             )
         config = self.tiling() if any(map(is_pillow, images)) else None
-        return [self._tiles(image, vision, config) for image in images]
+        return [
+            self._tiles(image, vision, config, f"[prompt] images[{place}]")
+            for place, image in enumerate(images)
+        ]
 
     def open(self, source: bytes | str | os.PathLike[str] | Image.Image) -> Image.Image:
         """Decode an image of a message: bytes, a data: or http(s) URL, a path, an open image.
@@ -131,17 +134,30 @@ class ImageInputs:
         return config
 
     def _tiles(
-        self, image: Any, vision: VisionConfig, config: ImageConfig | None
+        self, image: Any, vision: VisionConfig, config: ImageConfig | None, where: str
     ) -> NDArray[np.float32]:
         if config is None or not is_pillow(image):
-            return tile_array(image, vision)
+            return tile_array(image, vision, where=where)
         from camelid.images import tile
 
-        return tile(image, config)[0]
+        try:
+            return tile(image, config)[0]
+        except Error as cause:
+            said = str(cause).removeprefix("[image] ")
+            raise type(cause)(f"{where}: {said}") from cause
 
 
-def tile_array(pixels: Any, vision: VisionConfig | None) -> NDArray[np.float32]:
-    """Return tiles [n_tiles, channels, side, side] as contiguous float32, checked.
+def tile_array(
+    pixels: Any, vision: VisionConfig | None, *, where: str = "[vision] pixel_values"
+) -> NDArray[np.float32]:
+    """Return tiles [n_tiles, channels, side, side] as contiguous float32, checked and copied.
+
+    A copy, because the caller may change its own before they are encoded, or meanwhile.
+
+    Args:
+        pixels: What the caller gave.
+        vision: The model's vision tower, None where it has none.
+        where: Names the pixels in errors.
 
     Raises:
         InvalidRequest: If the shape, the type or a value is not what the vision tower takes.
@@ -154,18 +170,36 @@ def tile_array(pixels: Any, vision: VisionConfig | None) -> NDArray[np.float32]:
         )
     side = vision.image_size
     wanted = f"float32 [n_tiles, {vision.n_channels}, {side}, {side}]"
-    try:
-        array = np.asarray(pixels)
-    except (ValueError, TypeError) as error:
-        raise InvalidRequest(f"[vision] pixel_values: {error}; expected {wanted}.") from None
+    array = _as_array(pixels, where, wanted)
     if array.ndim != 4 or array.shape[1:] != (vision.n_channels, side, side) or not len(array):
         raise InvalidRequest(
-            f"[vision] pixel_values is {list(array.shape)}, expected {wanted}, one tile or more."
+            f"{where} is {list(array.shape)}, expected {wanted}, one tile or more."
         )
     if not np.issubdtype(array.dtype, np.floating):
         raise InvalidRequest(
-            f"[vision] pixel_values is {array.dtype}, expected {wanted} with values from -1 to 1."
+            f"{where} is {array.dtype}, expected {wanted} with values from -1 to 1."
         )
-    if not np.isfinite(array).all():
-        raise InvalidRequest("[vision] pixel_values holds values that are not finite.")
-    return np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):  # what overflows is found below
+        tiles = np.array(array, np.float32, order="C", copy=True)
+    if not np.isfinite(tiles).all():
+        raise InvalidRequest(
+            f"{where} holds values that are not finite in float32, expected values from -1 to 1."
+        )
+    return tiles
+
+
+def _as_array(pixels: Any, where: str, wanted: str) -> NDArray[Any]:
+    if pixels is None or isinstance(pixels, (str, bytes, bytearray, os.PathLike)):
+        raise InvalidRequest(
+            f"{where} is {type(pixels).__name__}, expected {wanted}. Paths, URLs and bytes are "
+            "taken in chat messages only; prompts of token ids also take Pillow images, which "
+            "PIL.Image.open makes of them."
+        )
+    try:
+        return np.asarray(pixels)
+    except MemoryError:
+        raise
+    except Exception as error:  # a caller's __array__ may raise anything
+        raise InvalidRequest(
+            f"{where} is no array: {type(error).__name__}: {error!s:.200}; expected {wanted}."
+        ) from error

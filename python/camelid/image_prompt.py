@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from camelid.errors import InvalidRequest
 
-__all__ = ["PATCH", "image_ids", "image_text", "n_image_tokens"]
+__all__ = ["END", "PATCH", "START", "image_ids", "image_text", "n_image_tokens"]
 
 PATCH = "<|patch|>"  # each stands for one embedding of the vision encoder, in order
-_START, _OVERVIEW, _END = "<|image_start|>", "<|image|>", "<|image_end|>"
+START, _OVERVIEW, END = "<|image_start|>", "<|image|>", "<|image_end|>"
 _BESIDE, _ROW_END = "<|tile_x_separator|>", "<|tile_y_separator|>"
 
 
@@ -48,11 +48,11 @@ def n_image_tokens(grid: tuple[int, int], tokens_per_tile: int) -> int:
 def _names(grid: tuple[int, int], tokens_per_tile: int) -> list[str]:
     rows, columns = _checked(grid, tokens_per_tile)
     patches = [PATCH] * tokens_per_tile
-    names = [_START]
+    names = [START]
     if rows * columns > 1:
         row = [*patches, *[_BESIDE, *patches] * (columns - 1), _ROW_END]
         names += row * rows
-    return [*names, _OVERVIEW, *patches, _END]
+    return [*names, _OVERVIEW, *patches, END]
 
 
 def _checked(grid: tuple[int, int], tokens_per_tile: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ Owns the checks of a request against the model's limits, and nothing that comput
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -26,12 +27,15 @@ from camelid.engine import EngineLoop
 from camelid.errors import (
     Cancelled,
     CapacityError,
+    CheckpointError,
     Error,
     InvalidRequest,
 )
 from camelid.image_cache import FeatureCache
+from camelid.image_config import ImageConfig
 from camelid.image_encoder import ImageEncoder, PromptImages
 from camelid.image_inputs import ImageInputs, tile_array
+from camelid.image_prompt import END, PATCH, START
 from camelid.limits import Limits, context_limit
 from camelid.loading import find_folder, load
 from camelid.options import LoadOptions, ResolvedSampling, SamplingParams, params_for
@@ -93,6 +97,8 @@ class LLM:
             addresses only, within limits of size and time (`image_fetch.py`).
         image_cache: Bytes for images encoded before, or "256MiB", out of `memory`; 0 remembers
             none. None takes 256 MiB, or a sixteenth of what the weights leave if that is less.
+            Encoded images of prompts that wait are held to as many bytes, but for one prompt's;
+            the tiles of the prompt that each call is encoding are not counted.
         progress: Show a bar on stderr while loading.
 
     Raises:
@@ -143,6 +149,12 @@ class LLM:
             self._config = checkpoint.config
             most_tokens = context_limit(options, self._config)
             self._tokenizer = _find_tokenizer(self._folder)
+            self._image_marks = _find_image_marks(self._folder, self._config, self._tokenizer)
+            self._image_inputs = ImageInputs.from_options(
+                self._folder, self._config.vision, options
+            )
+            if self._config.vision is not None and ImageConfig.is_in(self._folder):
+                self._image_inputs.tiling()  # says what does not fit before weights are read
             loaded = load(checkpoint, options, max_step_tokens=_MAX_STEP_TOKENS, progress=progress)
         self._end_ids = frozenset(self._config.eos_ids)
         if self._tokenizer is not None:
@@ -152,7 +164,6 @@ class LLM:
         self._loop = EngineLoop(
             loaded.core, max_step_tokens=_MAX_STEP_TOKENS, max_running=_MAX_RUNNING
         )
-        self._image_inputs = ImageInputs.from_options(self._folder, self._config.vision, options)
         cache = FeatureCache(loaded.image_cache_bytes)
         self._image_encoder = ImageEncoder(self._loop, self._config, cache)
         # Also at interpreter exit, before its threads are stopped in the middle of anything.
@@ -193,7 +204,9 @@ class LLM:
     ) -> list[Completion]:
         """Continue one prompt or many; the results come in the order of the prompts.
 
-        A text gets the BOS token in front, once. Prompts run together, as many as fit.
+        A text gets the BOS token in front, once. Prompts run together, as many as fit. Images are
+        read once to check them, and again when their prompt's turn comes, so that the tiles of one
+        prompt are held at a time.
 
         Args:
             prompts: A text, a list of token ids, {"prompt_token_ids": ids}, or a list of those.
@@ -213,7 +226,11 @@ class LLM:
         for prompt, wanted, answer in zip(many, each, answers, strict=True):
             ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
             request = self._generate_request(ids, wanted.resolve(), answer.take)
-            request.images = self._images(ids, images_of(prompt))
+            given = images_of(prompt)
+            request.images = self._images(ids, given)
+            if request.images is not None and len(many) > 1:
+                # Read twice, to refuse at once what cannot be served, and to hold one prompt's.
+                request.images.let_go(functools.partial(self._image_inputs.read, given))
             requests.append(request)
         with self._running(requests, progress), prompts_bar(len(many), progress) as bar:
             for _ in many:
@@ -303,7 +320,8 @@ class LLM:
 
         Nothing is added to the ids: begin them with the BOS id where the model expects it. `images`
         are Pillow images, or tiles as `encode_image` takes them, in the order of their patch
-        tokens.
+        tokens: each fills one pair of <|image_start|> and <|image_end|>. Where those do not enclose
+        all patch tokens only their total counts.
 
         Raises:
             InvalidRequest: If there are no ids, one is outside the vocabulary, or images and patch
@@ -344,7 +362,7 @@ class LLM:
             Unsupported: If the model has no vision tower.
         """
         tiles = tile_array(pixel_values, self._config.vision)
-        encoded = self._image_encoder.encode(list(tiles), progress=progress)
+        encoded = self._image_encoder.encode(tiles, progress=progress)
         if encoded is None:
             raise Cancelled("[vision] the request was cancelled before it had a result.")
         return np.stack(encoded)
@@ -393,21 +411,21 @@ class LLM:
                 self._start(request, since, progress)
             yield
         finally:
+            for request in requests:
+                request.leave_room()
             left = [request for request in requests if not request.finished]
             if left:
                 self._loop.cancel(left)
 
     def _start(self, request: Request, since: int, progress: bool) -> None:
         """Encode the images of a request, and submit it."""
-        if request.images is not None:
-            features = self._image_encoder.encode_prompt(
-                request.images, since=since, progress=progress
-            )
-            request.images = None
-            if features is None:
-                request.deliver(request.cancel())
-                return
-            request.features = features
+        images, request.images = request.images, None
+        if images is not None and not self._image_encoder.encode_prompt(
+            request, images, since=since, progress=progress
+        ):
+            request.drop_features()
+            request.deliver(request.cancel())
+            return
         self._loop.submit(request)
 
     def _generate_request(
@@ -459,9 +477,8 @@ class LLM:
 
     def _images(self, ids: NDArray[np.int32], images: Any) -> PromptImages | None:
         """Read the images of a prompt of token ids, and find the tokens they stand for."""
-        if images is None:
-            return None
-        return PromptImages.place(ids, self._image_inputs.read(images), self._config)
+        read = [] if images is None else self._image_inputs.read(images)
+        return PromptImages.place(ids, read, self._config, self._image_marks)
 
 
 def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
@@ -483,4 +500,26 @@ def _find_tokenizer(folder: Path) -> Tokenizer | None:
     """Return the folder's tokenizer; None where it has no tokenizer file at all."""
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return Tokenizer.from_folder(folder)
+    return None
+
+
+def _find_image_marks(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
+) -> tuple[int, int] | None:
+    """Return the tokens that begin and end an image; None where the folder does not say.
+
+    Raises:
+        CheckpointError: If config and tokenizer disagree about the token of images.
+    """
+    if config.vision is None or tokenizer is None:
+        return None
+    special = tokenizer.special_tokens
+    patch = special.get(PATCH, config.image_token_index)
+    if patch != config.image_token_index:
+        raise CheckpointError(
+            f"[config] {folder}: image_token_index is {config.image_token_index} in config.json, "
+            f"the tokenizer's {PATCH} is {patch}. Download both files again."
+        )
+    if START in special and END in special:
+        return special[START], special[END]
     return None

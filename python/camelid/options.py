@@ -254,7 +254,9 @@ class LoadOptions:
             threads=_integer("threads", threads, 1, 1024),
             image_files=_flag("image_files", image_files),
             fetch_images=_flag("fetch_images", fetch_images),
-            image_cache=_cache_size(image_cache),
+            image_cache=(
+                None if image_cache is None else parse_size("image_cache", image_cache, least=0)
+            ),
         )
 
 
@@ -278,9 +280,11 @@ def parse_count(name: str, value: int | str) -> int:
     return number
 
 
-def parse_size(name: str, value: int | str) -> int:
-    """Return a positive number of bytes from 1000, "1000", "20GiB" (2**30), "20GB" (10**9)."""
+def parse_size(name: str, value: int | str, *, least: int = 1) -> int:
+    """Return a number of bytes from 1000, "1000", "20GiB" (2**30), "20GB" (10**9)."""
     wanted = 'a positive number of bytes such as 20000000000 or "20GiB"'
+    if least == 0:
+        wanted = f"0 or {wanted}"
     if isinstance(value, str):
         match = _SIZE.fullmatch(value.strip())
         if match is None or len(value) > 40:
@@ -288,15 +292,9 @@ def parse_size(name: str, value: int | str) -> int:
         power = " kmgt".index((match[2] or " ").lower())
         value = _scaled(match[1], (1024 if match[3] else 1000) ** power)
     number = _whole(value)
-    if number is None or not 0 < number <= 1 << 60:
+    if number is None or not least <= number <= 1 << 60:
         raise _wrong(name, value, wanted)
     return number
-
-
-def _cache_size(value: int | str | None) -> int | None:
-    if value is None:
-        return None
-    return 0 if value == "0" or _whole(value) == 0 else parse_size("image_cache", value)
 
 
 def _scaled(digits: str, unit: int) -> int:

@@ -91,7 +91,10 @@ def require_fit(
         return limit_bytes - needed(plan)
     sizes = {name: needed(replace(plan, weights=name)) for name in _SMALLER}
     fitting = [name for name, size in sizes.items() if size <= limit_bytes]
-    if fitting:
+    without = needed(plan) - cache_bytes
+    if cache_bytes and without <= limit_bytes:
+        advice = f"Lower image_cache=: all else takes {show_bytes(without)}, and a workspace."
+    elif fitting:
         advice = f'weights="{fitting[0]}" takes {show_bytes(sizes[fitting[0]])} and would fit.'
     else:
         least = min([needed(plan), *sizes.values()])

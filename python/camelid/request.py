@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from camelid.feature_room import Ticket
     from camelid.features import Features, PromptFeatures
     from camelid.image_encoder import PromptImages
     from camelid.options import ResolvedSampling
@@ -157,6 +158,7 @@ class Request:
     output = 1  # of the last tokens of the prompt: 1 sample, 2 logits of every token
     images: PromptImages | None = None  # to be encoded before it is submitted
     features: PromptFeatures | None = None  # of the prompt's image tokens, until they have run
+    ticket: Ticket | None = None  # of the room where those features wait
 
     def __init__(
         self,
@@ -191,7 +193,17 @@ class Request:
         """Note that a step ran the next `n_tokens`."""
         self.n_run = min(self.n_run + n_tokens, len(self.prompt))
         if self.n_run == len(self.prompt):
-            self.features = None
+            self.drop_features()
+
+    def drop_features(self) -> None:
+        """Let go of the features, which have run or never will; harmless when done before."""
+        self.features = None
+        self.leave_room()
+
+    def leave_room(self) -> None:
+        """Let other prompts' features in; any thread may."""
+        if self.ticket is not None:
+            self.ticket.leave()
 
     def wanted_output(self, n_tokens: int) -> int:
         """Return what a step over the next `n_tokens` must give back."""

@@ -149,6 +149,13 @@ void VisionTower::check_complete() const {
 
 std::size_t VisionTower::workspace_bytes() const {
   const VisionConfig& c = config_;
+  const std::int64_t on_host = c.n_patches() * c.patch_dim() + c.n_rows() * c.dim;
+  return rows_bytes() + tile_pages().page_bytes * static_cast<std::size_t>(n_pages()) +
+         static_cast<std::size_t>(on_host) * sizeof(float);
+}
+
+std::size_t VisionTower::rows_bytes() const {
+  const VisionConfig& c = config_;
   const std::int64_t of_row = 6 * c.dim + std::max(c.ffn_dim, c.patch_dim());
   const std::int64_t of_token = c.shuffled_dim() + 2 * c.adapter_dim + text_dim_;
   return static_cast<std::size_t>(c.n_rows() * of_row + c.tokens_per_tile() * of_token) *
@@ -156,22 +163,30 @@ std::size_t VisionTower::workspace_bytes() const {
 }
 
 // Keys and values of one tile and layer in pages of their own, used again by every layer.
+KvPages VisionTower::tile_pages() const {
+  KvPages pages{nullptr, 0, kPageTokens, 1, config_.n_heads, config_.head_dim(), kv_type_};
+  pages.page_bytes = backend_.page_bytes(pages);
+  return pages;
+}
+
+std::int64_t VisionTower::n_pages() const {
+  return (config_.n_rows() + kPageTokens - 1) / kPageTokens;
+}
+
 void VisionTower::plan_tile() {
   KvPlan& plan = plan_.global;
   KvPages& pages = plan.pages;
-  pages = {nullptr, 0, kPageTokens, 1, config_.n_heads, config_.head_dim(), kv_type_};
-  pages.page_bytes = backend_.page_bytes(pages);
-  const std::int64_t n_pages = (config_.n_rows() + kPageTokens - 1) / kPageTokens;
-  pages_ = backend_.allocate(pages.page_bytes * static_cast<std::size_t>(n_pages));
+  pages = tile_pages();
+  pages_ = backend_.allocate(pages.page_bytes * static_cast<std::size_t>(n_pages()));
   pages.base = pages_.data.get();
-  page_table_.resize(static_cast<std::size_t>(n_pages));
+  page_table_.resize(static_cast<std::size_t>(n_pages()));
   std::iota(page_table_.begin(), page_table_.end(), 0);
   plan.spans = {{0, config_.n_rows(), 0, page_table_.data()}};
   plan.rotation = vision_rotation(config_);
 }
 
 VisionTower::Rows VisionTower::place_rows() {
-  if (rows_.bytes == 0) rows_ = backend_.allocate(workspace_bytes());
+  if (rows_.bytes == 0) rows_ = backend_.allocate(rows_bytes());
   auto* next = static_cast<std::byte*>(rows_.data.get());
   const auto take = [&](std::int64_t n_rows, std::int64_t dim) {
     const Tensor tensor{next, n_rows, dim, dim};
@@ -198,12 +213,12 @@ void VisionTower::embed(const Rows& rows, const float* pixels) {
   const Tensor patches{rows.wide.data, c.n_patches(), c.patch_dim(), c.patch_dim()};
   backend_.upload_rows(patches, host_rows_.data());
   // The class token and the positions first, then the patches are added to them.
-  std::vector<float> start = positions_;
+  start_ = positions_;
   for (std::int64_t i = 0; i < c.dim; ++i) {
-    start[static_cast<std::size_t>(c.n_patches() * c.dim + i)] +=
+    start_[static_cast<std::size_t>(c.n_patches() * c.dim + i)] +=
         class_row_[static_cast<std::size_t>(i)];
   }
-  backend_.upload_rows(rows.x, start.data());
+  backend_.upload_rows(rows.x, start_.data());
   const Tensor of_patches{rows.x.data, c.n_patches(), c.dim, c.dim};
   backend_.matmul_add(of_patches, patches, *patch_);
   backend_.layer_norm(rows.x, rows.x, norm_pre_.gain, norm_pre_.bias, kNormEps);

@@ -56,6 +56,8 @@ class VisionTower {
                   const OnPacked& on_packed);  // the next one, in order
   void check_complete() const;                 // throws kInternal
   std::size_t bytes() const { return bytes_; }
+  // What encoding a tile takes beside the weights: its rows, keys and values, on the backend and on
+  // the host.
   std::size_t workspace_bytes() const;
   const VisionConfig& config() const { return config_; }
 
@@ -76,6 +78,9 @@ class VisionTower {
   Buffer upload(std::span<const float> values, std::int64_t wanted, const char* name);
   std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, std::int64_t out_dim,
                                std::int64_t in_dim, WeightChoice choice, const OnPacked& on_packed);
+  KvPages tile_pages() const;
+  std::int64_t n_pages() const;
+  std::size_t rows_bytes() const;
   void plan_tile();
   Rows place_rows();
   void embed(const Rows& rows, const float* pixels);
@@ -95,7 +100,7 @@ class VisionTower {
   KvType kv_type_;
   std::vector<std::int32_t> page_table_;
   Buffer pages_, rows_;
-  std::vector<float> host_rows_;
+  std::vector<float> host_rows_, start_;  // [n_patches, patch_dim] and [n_rows, dim]
 };
 
 }  // namespace camelid

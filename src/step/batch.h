@@ -30,7 +30,7 @@ struct StepRequest {
 };
 
 struct StepResult {
-  std::vector<Sampled> sampled;  // [n]; token -1 where nothing was asked for
+  std::vector<Sampled> sampled;  // [n]; token -1 where nothing was asked for, or could be
   std::vector<float> logits;     // [tokens of all kLogits entries in order, vocab_size]
 };
 

@@ -38,17 +38,17 @@ void check_token(std::string_view name, std::int32_t token, std::int64_t vocab_s
        ", outside the vocabulary of ", vocab_size, ".");
 }
 
-void check_finite(std::span<const float> logits) {
+// Returns the first token whose logit is not finite, -1 where all are.
+std::int32_t find_not_finite(std::span<const float> logits) {
   // Adding one to an exponent of all ones carries into the sign. No early way out and no
   // comparison, so that compilers take several at once.
   constexpr std::uint32_t kExponent = 0x7f800000, kOne = 0x00800000, kCarry = 0x80000000;
   std::uint32_t carries = 0;
   for (const float x : logits) carries |= (std::bit_cast<std::uint32_t>(x) & kExponent) + kOne;
-  if ((carries & kCarry) == 0) return;
+  if ((carries & kCarry) == 0) return -1;
   const auto bad =
       std::find_if_not(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); });
-  fail(ErrorCode::kCheckpoint, "[sampling] the logit of token ", bad - logits.begin(),
-       " is not finite. The checkpoint may be damaged, or its values overflow float32.");
+  return static_cast<std::int32_t>(bad - logits.begin());
 }
 
 // The first of the largest; none of them is NaN. Lanes of their own let compilers take several at
@@ -242,7 +242,7 @@ std::int32_t Sampler::draw(std::span<float> logits) const {
 }
 
 Sampled Sampler::sample(std::span<const float> logits) {
-  check_finite(logits);
+  if (const std::int32_t bad = find_not_finite(logits); bad >= 0) return {-1, 0.0f, {}, bad};
   std::vector<float> adjusted(logits.begin(), logits.end());
   apply_rules(adjusted);
   Sampled sampled;

@@ -35,6 +35,9 @@ struct Sampled {
   std::int32_t token = 0;
   float logprob = 0.0f;           // of the model itself, before any rule; 0 when not asked for
   std::vector<TokenLogprob> top;  // best first
+  // The first token whose logit is not finite: nothing was sampled. -1 where all are. Not thrown,
+  // because the other sequences of a step have nothing to do with it.
+  std::int32_t not_finite = -1;
 };
 
 class Sampler {
@@ -46,7 +49,7 @@ class Sampler {
   // vocabulary.
   void observe_prompt(std::span<const std::int32_t> tokens);
 
-  // logits: [vocab_size]. Throws kCheckpoint when they are not finite.
+  // logits: [vocab_size].
   Sampled sample(std::span<const float> logits);
 
  private:

@@ -65,7 +65,7 @@ void StepRunner::run_wave(Wave wave, KvCache& cache) {
 StepResult StepRunner::make_result(std::span<StepEntry> entries) const {
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   StepResult result;
-  result.sampled.resize(entries.size(), Sampled{-1, 0.0f, {}});
+  result.sampled.resize(entries.size(), Sampled{-1, 0.0f, {}, -1});
   std::size_t n_rows = 0;
   for (const StepEntry& entry : entries) {
     if (entry.output == Output::kLogits) n_rows += entry.tokens.size();

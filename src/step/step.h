@@ -18,7 +18,8 @@ class StepRunner {
   StepRunner(const ModelConfig& config, Llama4& model) : config_(config), model_(model) {}
 
   // Runs `entries` to the end, advancing `cache` and the sequences' samplers. Throws kCapacity
-  // before anything changes when the pages do not fit.
+  // before anything changes when the pages do not fit. Logits that are not finite are told by
+  // Sampled: they end their own sequence only.
   // `features`: of the request the entries were made from.
   StepResult run(std::vector<StepEntry> entries, std::span<const float> features, KvCache& cache,
                  std::map<std::int64_t, Sampler>& samplers);

@@ -13,7 +13,7 @@ from PIL import Image
 import camelid
 from camelid import LLM, SamplingParams
 from camelid.images import tile
-from checkpoints import Weights, write_checkpoint
+from checkpoints import SPECIAL_IDS, Weights, write_checkpoint
 from engines import (
     assert_close,
     assert_same_bits,
@@ -48,7 +48,7 @@ def test_logits_of_mixed_prompts_are_those_of_transformers(
     ids, images = mixed_prompt()
     got = llm.logits(ids, images=images)
     assert_close(got, golden["logits"], std=float(golden["std"]), tolerance=TOLERANCE)
-    blind = llm.logits(ids)
+    blind = llm.logits(ids, images=[np.zeros_like(tiles) for tiles in images])
     assert np.abs(blind - got).max() > 0.1 * golden["std"]  # the images matter
 
 
@@ -66,15 +66,37 @@ def test_logits_do_not_depend_on_where_an_image_is_cut(
 def test_answers_to_images_are_the_same_alone_and_beside_text(llm: LLM) -> None:
     ids, images = mixed_prompt()
     prompt = {"prompt_token_ids": ids, "images": images}
-    other = {"prompt_token_ids": ids, "images": images[::-1]}  # tiles of the two differ in number
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     (alone,) = llm.generate(prompt, params)
     text = list(range(40))
-    together = llm.generate([text, prompt, ids, text[::-1], prompt], params)
-    assert together[1].token_ids == together[4].token_ids == alone.token_ids
+    together = llm.generate([text, prompt, text[::-1], prompt], params)
+    assert together[1].token_ids == together[3].token_ids == alone.token_ids
     streamed = [token for delta in llm.stream(prompt, params) for token in delta.token_ids]
     assert streamed == alone.token_ids
-    assert llm.generate(other, params)[0].usage.prompt_tokens == len(ids)
+
+
+def test_images_must_fit_their_places_in_the_prompt(llm: LLM) -> None:
+    ids, images = mixed_prompt()  # of three tiles and of one
+    three, one = images
+    for given, says in (
+        ([one, three], r"images\[0\] needs 4 image tokens, its place in the prompt holds 12"),
+        ([np.concatenate(images)], "1 images, and places for 2"),
+        ([three[:2], one, one], "3 images, and places for 2"),
+        ([], "there are no images"),
+        (None, "there are no images"),
+    ):
+        with pytest.raises(camelid.InvalidRequest, match=says):
+            llm.logits(ids, images=given)
+        with pytest.raises(camelid.InvalidRequest, match=says):
+            llm.generate({"prompt_token_ids": ids, "images": given})
+    # Without marks around all of them only the total counts.
+    for drop in (SPECIAL_IDS["<|image_start|>"], SPECIAL_IDS["<|image_end|>"]):
+        bare = [token for token in ids if token != drop]
+        if drop == SPECIAL_IDS["<|image_start|>"]:
+            assert len(llm.logits(bare, images=[one, three])) == len(bare)
+        else:  # the next one's beginning ends an image as well
+            with pytest.raises(camelid.InvalidRequest, match="its place"):
+                llm.logits(bare, images=[one, three])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +106,7 @@ def test_answers_to_images_are_the_same_alone_and_beside_text(llm: LLM) -> None:
         (np.zeros((1, 3, 56, 56), np.float32), "list of Pillow images"),
         ([np.zeros((1, 3, 56, 56), np.float32)], "image tokens"),
         ([np.zeros((3, 56, 56), np.float32)], r"\[3, 56, 56\]"),
-        ([1], "pixel_values"),
+        ([1], r"images\[0\] is \[\], expected float32"),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ import pytest
 import camelid
 from camelid import _core
 from camelid._core import testing
+from camelid.features import Features
 from checkpoints import Weights
 from engines import (
     LOGITS,
@@ -256,6 +257,39 @@ def test_freed_pages_do_not_leak_into_another_sequence(checkpoint: Checkpoint) -
     for seed in range(3):
         logits_in_pieces(engine, prompt_of("dirt", 120, seed), [50])
     assert_same_bits(logits_in_pieces(engine, prompt_of("clean", 70), [70]), wanted)
+
+
+@pytest.mark.parametrize("kv_cache", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(("name", "isa"), CASES)
+def test_numbers_that_are_not_finite_stay_in_their_own_sequence(
+    name: str,
+    isa: str,
+    fast: bool,
+    kv_cache: str,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside a sequence of NaN, and in the pages it leaves, others keep their bits."""
+    monkeypatch.setenv("CAMELID_CPU_ISA", isa)
+    folder, weights = checkpoint(name)
+    engine = open_engine(folder, page_size=PAGE, fast=fast, kv_cache=kv_cache)
+    (dim,) = next(
+        value.shape for key, value in weights.items() if key.endswith("model.norm.weight")
+    )
+    prompt = prompt_of("good", 45)
+    wanted = logits_in_pieces(engine, prompt, [45])
+    for value in (np.nan, np.inf):
+        rows = np.where(np.arange(45 + 20) < 45, -1, 0).astype(np.int32)
+        features = Features(np.full((1, dim), value, np.float32), rows)
+        good, bad = open_greedy(engine), open_greedy(engine)
+        result = step(engine, [(good, prompt), (bad, [1] * 20)], [LOGITS, SAMPLE], features)
+        assert_same_bits(result.logits, wanted)
+        assert result.sampled[1].not_finite >= 0
+        assert result.sampled[1].token == -1
+        engine.close_sequence(bad)
+        engine.close_sequence(good)
+        assert_same_bits(logits_in_pieces(engine, prompt, [1, 7]), wanted)
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "int8"])

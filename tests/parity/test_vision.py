@@ -207,3 +207,19 @@ def test_towers_that_cannot_be_served_are_refused_at_load(
     write_checkpoint(tmp_path, vision=True, vision_overrides=overrides)
     with pytest.raises(camelid.Error, match="vision"):
         LLM(tmp_path, threads=1)
+
+
+def test_all_that_a_tile_needs_counts_as_workspace(tmp_path: Path) -> None:
+    """Rows, keys and values, and what the host lays out, beside the text model's."""
+    write_checkpoint(tmp_path / "text", seed=1)
+    write_checkpoint(tmp_path / "vision", seed=1, vision=True)
+    text, vision = (
+        open_engine(tmp_path / name).memory()["workspace_bytes"] for name in ("text", "vision")
+    )
+    config = json.loads((tmp_path / "vision" / "config.json").read_text())["vision_config"]
+    dim, rows = config["hidden_size"], (config["image_size"] // config["patch_size"]) ** 2 + 1
+    of_patch = config["num_channels"] * config["patch_size"] ** 2
+    activations = rows * (6 * dim + max(config["intermediate_size"], of_patch))
+    keys_and_values = 64 * 2 * dim  # a page of 64 tokens
+    on_host = (rows - 1) * of_patch + rows * dim
+    assert vision - text > 4 * (activations + keys_and_values + on_host)

@@ -24,6 +24,7 @@ def multimodal(top: dict[str, Any] | None = None, **overrides: Any) -> dict[str,
         "model_type": "llama4",
         "text_config": merged(TEXT_CONFIG, overrides),
         "vision_config": VISION_CONFIG,
+        "image_token_index": 7,
     }
     return merged(base, top)
 
@@ -322,3 +323,12 @@ def test_config_is_hashable_apart_from_its_parts() -> None:
     assert isinstance(config, ModelConfig)
     with pytest.raises(AttributeError):
         config.dim = 1  # type: ignore[misc]
+
+
+def test_an_image_token_outside_the_vocabulary_is_refused() -> None:
+    for key in ("image_token_index", "image_token_id"):
+        top = {"image_token_index": REMOVE, key: TEXT_CONFIG["vocab_size"]}
+        with pytest.raises(CheckpointError, match=rf"{key} is .* expected a token id below"):
+            parse_config(multimodal(top))
+    text = {"model_type": "llama4_text", "vocab_size": 100}  # stands for nothing there
+    assert parse_config(text).image_token_index == 200092

@@ -99,7 +99,7 @@ def test_what_can_never_fit_fails_alone(harness: Harness) -> None:
 def test_a_failing_step_fails_its_requests_and_no_others(harness: Harness) -> None:
     def fail(tokens: list[list[int]]) -> None:
         if any(99 in piece for piece in tokens):
-            raise CheckpointError("[sampling] the logit of token 3 is not finite.")
+            raise CheckpointError("[weights] a step failed.")
 
     harness.core.before_step = fail
     _, bad = harness.start([99], max_tokens=4)
@@ -107,6 +107,20 @@ def test_a_failing_step_fails_its_requests_and_no_others(harness: Harness) -> No
     assert isinstance(error, CheckpointError)
     _, good = harness.start("ok", max_tokens=4)
     assert text_of(harness.finish(good)) == harness.expected("ok", 4)
+
+
+def test_a_logit_that_is_not_finite_ends_its_own_request_only(harness: Harness) -> None:
+    gate = Gate()
+    harness.core.before_step = gate
+    harness.core.bad_logit = lambda tokens: 3 if 99 in tokens else -1
+    started = [harness.start(prompt, max_tokens=9)[1] for prompt in ("one", [98, 99], "two")]
+    gate.open.set()
+    (error,) = harness.finish(started[1])
+    assert isinstance(error, CheckpointError)
+    assert "[sampling] the logit of token 3 is not finite" in str(error)
+    assert text_of(harness.finish(started[0])) == harness.expected("one", 9)
+    assert text_of(harness.finish(started[2])) == harness.expected("two", 9)
+    assert any(len(step) == 3 for step in harness.core.steps)  # they did run together
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import queue
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from camelid import LLM, SamplingParams
-from camelid.errors import Cancelled, CapacityError, Error, InvalidRequest
+from camelid.errors import Cancelled, CapacityError, CheckpointError, Error, InvalidRequest
+from camelid.image_cache import FeatureCache
 from checkpoints import SPECIAL_IDS, write_checkpoint
 from engines import assert_same_bits
 
@@ -119,7 +121,7 @@ def test_remembered_images_are_part_of_the_memory(folder: Path, tmp_path: Path) 
         limit = llm._image_encoder.cache.limit_bytes
         assert 3 << 20 < limit <= 4 << 20  # a sixteenth of what is left
         assert without - kv_bytes(llm) == limit
-    with pytest.raises(CapacityError, match="image_cache=67108864 takes"):
+    with pytest.raises(CapacityError, match=r"image_cache=67108864 takes .* Lower image_cache="):
         LLM(folder, **options, image_cache="64MiB")
     with pytest.raises(InvalidRequest, match="image_cache"):
         LLM(folder, **options, image_cache="much")
@@ -286,3 +288,165 @@ def test_features_are_let_go_once_they_have_run(llm: LLM, monkeypatch: pytest.Mo
     (request,) = requests
     assert request.images is None
     assert request.features is None
+
+
+TOO_LARGE = np.full((1, 3, 56, 56), 3e38, np.float32)
+
+
+def test_pixels_that_overflow_the_tower_are_the_callers_fault_and_named(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"pixel_values: its features are not .* 3e\+38"):
+        llm.encode_image(TOO_LARGE)
+    assert len(llm._image_encoder.cache) == 0  # what is of no use is not remembered
+    bad = prompt(tiles(1), TOO_LARGE)
+    for call in (
+        lambda: llm.logits(**_as_logits(bad)),
+        lambda: llm.generate(["text", bad], GREEDY),
+        lambda: list(llm.stream(bad, GREEDY)),
+    ):
+        with pytest.raises(InvalidRequest, match=r"images\[1\]: its features are not finite"):
+            call()
+    assert len(llm._image_encoder.cache) == 1
+    assert llm._image_encoder.room.used_bytes == 0
+
+
+def test_one_callers_pixels_do_not_end_another_callers_request(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=300, temperature=0, ignore_eos=True)
+    (alone,) = llm.generate([[1, 2, 3]], params)
+    stream = llm.stream([1, 2, 3], params)
+    ids = list(next(stream).token_ids)
+    with pytest.raises(InvalidRequest, match=r"images\[0\]"):
+        llm.generate(prompt(TOO_LARGE), GREEDY)
+    for delta in stream:
+        ids += delta.token_ids
+    assert ids == alone.token_ids
+
+
+def test_features_of_small_pixels_that_are_not_finite_blame_the_checkpoint(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = np.full((4, 64), np.nan, np.float32)
+    monkeypatch.setattr(llm._loop, "encode_tile", lambda pixels: broken)
+    with pytest.raises(CheckpointError, match=r"images\[0\]: the vision tower makes"):
+        llm.logits(**_as_logits(prompt(tiles(1))))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_are_checked_as_the_float32_they_become(llm: LLM) -> None:
+    wide = tiles(1).astype(np.float64) * 1e300
+    with pytest.raises(InvalidRequest, match="pixel_values holds values that are not finite"):
+        llm.encode_image(wide)
+    with pytest.raises(InvalidRequest, match=r"images\[1\] holds values that are not finite"):
+        llm.logits(**_as_logits(prompt(tiles(1), wide)))
+
+
+def test_a_stream_sees_the_pixels_it_was_given(llm: LLM) -> None:
+    seen = tiles(2)
+    wanted = [d.token_ids for d in llm.stream(prompt(seen.copy()), GREEDY)]
+    stream = llm.stream(prompt(seen), GREEDY)
+    seen[:] = 0
+    llm._image_encoder.cache = FeatureCache(1 << 20)
+    spy = Spy(llm)
+    assert [d.token_ids for d in stream] == wanted
+    assert spy.n_seen == 2
+
+
+def test_pixels_written_while_they_are_encoded_do_not_reach_the_memory(llm: LLM) -> None:
+    seen = tiles(2)
+    wanted = llm._loop._core.encode_image(seen)
+
+    def overwrite(n_seen: int) -> None:
+        seen[:] = 0
+
+    Spy(llm, overwrite)
+    assert_same_bits(llm.encode_image(seen), wanted)
+    assert_same_bits(llm.encode_image(tiles(2)), wanted)
+
+
+class Stubborn:
+    """Like a torch tensor that requires a gradient."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (Stubborn(), "no array: RuntimeError: Can't call numpy"),
+        (b"\x89PNG", "is bytes, expected float32 .* only; prompts of token ids also take Pillow"),
+        ("photo.jpg", "is str, expected float32 .* PIL.Image.open"),
+        (Path("photo.jpg"), "Path, expected float32 "),
+        (None, "is NoneType, expected float32 "),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_image_is_named_with_its_place(llm: LLM, image: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"\[vision\] pixel_values .*{says}"):
+        llm.encode_image(image)
+    with pytest.raises(InvalidRequest, match=rf"\[prompt\] images\[1\] .*{says}"):
+        llm.logits([1, PATCH, 2], images=[tiles(1), image])
+
+
+def test_generate_holds_the_images_of_few_prompts_at_once(folder: Path) -> None:
+    prompts = [prompt(tiles(2, seed)) for seed in range(30)]
+    of_prompt = 2 * TILE_BYTES
+    with LLM(folder, device="cpu", threads=1, memory="64MiB", image_cache=3 * of_prompt) as llm:
+        alone = [llm.generate(each, GREEDY)[0].token_ids for each in prompts]
+        held: list[int] = []
+        waiting: list[int] = []
+        living: list[weakref.ref[Tiles]] = []
+        read = llm._image_inputs.read
+
+        def watched(images: Any) -> Any:
+            got = read(images)
+            living.extend(map(weakref.ref, got))
+            return got
+
+        def look(n_seen: int) -> None:
+            waiting.append(llm._image_encoder.room.used_bytes)
+            held.append(sum(each() is not None for each in living))
+
+        llm._image_inputs.read = watched  # type: ignore[method-assign]
+        llm._image_encoder.cache = FeatureCache(0)
+        Spy(llm, look)
+        answers = llm.generate(prompts, GREEDY)
+        assert [answer.token_ids for answer in answers] == alone
+        assert max(waiting) <= 3 * of_prompt
+        assert max(held) <= 2  # its own, and the one before until it is replaced
+        assert llm._image_encoder.room.used_bytes == 0
+
+
+def test_images_that_cannot_be_served_are_refused_before_any_prompt_runs(llm: LLM) -> None:
+    spy = Spy(llm)
+    with pytest.raises(InvalidRequest, match="need 8 image tokens"):
+        llm.generate([prompt(tiles(1)), {**prompt(tiles(1)), "images": [tiles(2)]}], GREEDY)
+    assert spy.n_seen == 0
+
+
+def test_images_replaced_while_others_run_are_refused(llm: LLM) -> None:
+    second = prompt(tiles(1, seed=1))
+    Spy(llm, lambda n: second["images"].append(tiles(1)) if n == 0 else None)
+    with pytest.raises(InvalidRequest, match="changed while"):
+        llm.generate([prompt(tiles(1)), second], GREEDY)
+    assert llm._image_encoder.room.used_bytes == 0
+
+
+def _change_config(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_what_contradicts_itself_about_images_is_refused_at_load(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, vision=True, config_overrides={"vocab_size": 271})
+    LLM(tmp_path, device="cpu", threads=1).close()  # own tiles need no preprocessor_config.json
+    settings = tmp_path / "preprocessor_config.json"
+    settings.write_text(json.dumps({"size": {"height": 28, "width": 28}}))
+    with pytest.raises(CheckpointError, match="28 pixels"):
+        LLM(tmp_path, device="cpu", threads=1)
+    settings.unlink()
+    _change_config(tmp_path, "config.json", image_token_index=PATCH - 1)
+    with pytest.raises(CheckpointError, match=rf"{PATCH - 1} in config.json, the tok.* is {PATCH}"):
+        LLM(tmp_path, device="cpu", threads=1)
+    _change_config(tmp_path, "config.json", image_token_index=271)
+    with pytest.raises(CheckpointError, match="image_token_index is 271"):
+        LLM(tmp_path, device="cpu", threads=1)

@@ -198,8 +198,10 @@ def test_options_of_images() -> None:
     assert (usual.image_files, usual.fetch_images, usual.image_cache) == (True, False, None)
     for value, wanted in ((0, 0), ("0", 0), (np.int64(0), 0), ("256MiB", 256 << 20), (7, 7)):
         assert parse(image_cache=value).image_cache == wanted  # type: ignore[arg-type]
+    for value in ("0B", "0 MiB", "0.0GiB"):
+        assert parse(image_cache=value).image_cache == 0
     for value in (-1, "", "much", 1.5, True, False):
-        with pytest.raises(InvalidRequest, match="image_cache"):
+        with pytest.raises(InvalidRequest, match=r"image_cache is .* expected 0 or a positive"):
             parse(image_cache=value)  # type: ignore[arg-type]
     for name in ("image_files", "fetch_images"):
         for flag in (1, 0, "no", None):

@@ -13,7 +13,6 @@ import pytest
 
 from camelid import InvalidRequest, _core
 from camelid._core import testing
-from camelid.errors import CheckpointError
 
 N_DRAWS = 4000
 ALLOWED = 5 * 0.5 / N_DRAWS**0.5
@@ -256,12 +255,16 @@ def test_draws_of_neighbouring_seeds_are_uniform() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+def test_logits_that_are_not_finite_are_named_and_not_sampled(bad: float) -> None:
     for temperature in (0.0, 1.0):
         logits = LOGITS.copy()
         logits[4] = bad
-        with pytest.raises(CheckpointError, match="token 4 is not finite"):
-            make(7, temperature=temperature).sample(logits)
+        sampler = make(7, temperature=temperature, seed=3)
+        sampled = sampler.sample(logits)
+        assert (sampled.not_finite, sampled.token) == (4, -1)
+        again = sampler.sample(LOGITS)  # as if the other had never been
+        assert again.not_finite == -1
+        assert again.token == make(7, temperature=temperature, seed=3).sample(LOGITS).token
 
 
 @pytest.mark.parametrize(
