@@ -1,7 +1,8 @@
 """Opens images that strangers send: bytes, files and data URLs, decoded by Pillow to RGB.
 
 Owns the limits on bytes and pixels, the orientation in which a photo is seen and the white behind
-transparency. Must never resize, and never open a network connection.
+transparency. Must never resize, and never open a network connection. What a file may ask of its
+decoder is `image_containers.py`'s to say.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import binascii
 import io
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,15 @@ from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from camelid.errors import CapacityError, Error, InvalidRequest, Unsupported
+from camelid.image_containers import MAX_EXIF_BYTES, Container, read_container
 from camelid.json_file import shorten
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SIDE", "load_image", "rgb_pixels"]
@@ -30,8 +38,18 @@ MAX_BYTES = 64 << 20  # 20 times a 12-megapixel photo, as a file or decoded from
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 65_535  # pixels: what JPEG can name
 
-# Formats of photos and screenshots. Not the others Pillow knows: EPS starts another program.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# What cameras, browsers and screenshots write, and clients send. Each decodes in a time that pixels
+# and bytes bound (`image_containers.py` sees to it), which is not so for others that Pillow knows:
+# EPS starts another program, TIFF holds any of thirty codecs, AVIF may hide frames before the one
+# it shows, and plain PPM is read in Python.
+_DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+}
+_FORMATS = tuple(_DECODERS)
 _MAX_URL_HEADER = 256  # characters before the comma of a data URL; a media type and "base64"
 _DAMAGED = "It is truncated or damaged; send it again."
 _BAND_PIXELS = 1 << 20  # pixels converted at once, so that a mode's copies stay small
@@ -131,24 +149,45 @@ def _upright(image: Image.Image) -> Image.Image:
 def _decode_bytes(data: bytes, where: str) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise _too_many_bytes(where, len(data))
-    Image.init()
-    with _pillow(where):
-        # Image.open looks formats up without asking whether this Pillow was built with them.
-        formats = [name for name in _FORMATS if name in Image.OPEN]
-        image = Image.open(io.BytesIO(data), formats=formats)
+    container = read_container(data, where)
+    if container is None:
+        raise _unknown_format(where)
+    if container.width and container.height:  # else Pillow says what is wrong
+        _check_size((container.width, container.height), where)
+    image = _open(container, where)
+    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:  # WebP's, read when it is asked for
+        del image.info["exif"]
     _decode(image, where)
     return image
 
 
+def _open(container: Container, where: str) -> Image.Image:
+    """Read a file's header with the one decoder that its first bytes name.
+
+    Image.open would do so too, and warn on stderr of what `_check_size` refuses with an Error.
+    Silencing that warning would take the process's filters or Pillow's global limit, which are not
+    ours and which other threads use at the same time.
+    """
+    with _pillow(where):
+        try:
+            return _DECODERS[container.kind](io.BytesIO(container.data))
+        except (SyntaxError, IndexError, TypeError, struct.error):  # how Pillow says it is none
+            raise _unknown_format(where) from None
+
+
 def _decode(image: Image.Image, where: str) -> None:
     """Check the size that the header claims, then read the pixels."""
-    width, height = image.size
+    _check_size(image.size, where)
+    with _pillow(where):
+        image.load()
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+    width, height = size
     if width < 1 or height < 1:
         raise InvalidRequest(f"[image] {where} has {width} x {height} pixels, expected some.")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise _too_large(where, f"{width} x {height}")
-    with _pillow(where):
-        image.load()
 
 
 @contextmanager
@@ -160,11 +199,6 @@ def _pillow(where: str, advice: str = _DAMAGED) -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(where, f"more than {Image.MAX_IMAGE_PIXELS}") from None
-    except UnidentifiedImageError:
-        raise InvalidRequest(
-            f"[image] {where} is in no format that is read here, or damaged at its beginning, "
-            f"expected {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}."
-        ) from None
     except MemoryError as cause:
         raise CapacityError(
             f"[image] {where} does not fit into memory. Send a smaller one."
@@ -173,6 +207,14 @@ def _pillow(where: str, advice: str = _DAMAGED) -> Iterator[None]:
         raise InvalidRequest(
             f"[image] {where} cannot be decoded: {shorten(cause)}. {advice}"
         ) from cause
+
+
+def _unknown_format(where: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"[image] {where} is in no format that is read here, or damaged at its beginning, expected "
+        f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}. Convert it, or open it with Pillow "
+        "yourself and pass the open image."
+    )
 
 
 def _too_large(where: str, pixels: str) -> InvalidRequest:

@@ -24,7 +24,7 @@ from camelid.errors import CheckpointError, Error, InvalidRequest, Unsupported
 from camelid.image_files import MAX_BYTES, MAX_PIXELS, load_image
 from camelid.images import ImageConfig, tile
 
-KINDS = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
+KINDS = ["PNG", "JPEG", "GIF", "WEBP", "BMP"]
 
 
 def encoded(kind: str, size: tuple[int, int] = (60, 40), **options: Any) -> bytes:
@@ -92,7 +92,7 @@ OTHERS = [b"", b"\0", b"hello" * 100, b"\x89PNG\r\n\x1a\n", b"GIF89a", b"%!PS-Ad
 
 @pytest.mark.parametrize("data", OTHERS)
 def test_other_contents_are_refused(data: bytes) -> None:
-    with pytest.raises(InvalidRequest, match=r"expected PNG, JPEG, .* or AVIF"):
+    with pytest.raises(InvalidRequest, match=r"expected PNG, JPEG, .* or BMP"):
         load_image(data)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from camelid.errors import InvalidRequest, Unsupported
 from camelid.image_files import load_image, rgb_pixels
@@ -43,7 +44,7 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rgb_pixels(load_image(source)), expected)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
 def test_formats_without_loss(kind: str) -> None:
     image = Image.new("RGB", (40, 30), (255, 0, 0))
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -116,3 +117,18 @@ def test_other_objects_are_refused() -> None:
     for source in (None, 3, [1], np.zeros((3, 3))):
         with pytest.raises(InvalidRequest, match="expected a Pillow image, the bytes"):
             load_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("note", ["exif", "xmp"])
+def test_orientation_is_found_where_cameras_write_it(kind: str, note: str) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    options: dict[str, object] = {"exif": exif.tobytes()} if note == "exif" else {"xmp": xmp}
+    if kind == "PNG" and note == "xmp":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        options = {"pnginfo": info}
+    data = encoded(picture(), kind, comment="a camera", icc_profile=bytes(200), **options)
+    assert rgb_pixels(load_image(data)).shape == (6, 4, 3)
