@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -51,6 +52,9 @@ _DECODERS: dict[str, type[ImageFile.ImageFile]] = {
 }
 _FORMATS = tuple(_DECODERS)
 _MAX_URL_HEADER = 256  # characters before the comma of a data URL; a media type and "base64"
+# What may be written as a percent code in base64 and blanks, beside letters, which nobody codes.
+_PERCENT_CODES = (b"+", b"/", b"=", b"\r", b"\n", b"\t", b" ")
+_BLANKS = b" \t\r\n\v\f"
 _DAMAGED = "It is truncated or damaged; send it again."
 _BAND_PIXELS = 1 << 20  # pixels converted at once, so that a mode's copies stay small
 
@@ -102,12 +106,13 @@ def load_image(
             f"[image] the source is {type(source).__name__}, expected a Pillow image, the bytes of "
             "a file, a data: URL or a path."
         )
+    path = _path_text(source)
     if not allow_files:
         raise Unsupported(
-            f"[image] {shorten(os.fspath(source))} is no data: URL, and local paths are not "
-            "allowed here. Send a data: URL."
+            f"[image] {shorten(path)} is no data: URL, and local paths are not allowed here. Send "
+            "a data: URL."
         )
-    return _decode_bytes(_read_file(source), shorten(os.fspath(source)))
+    return _decode_bytes(_read_file(path), shorten(path))
 
 
 def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
@@ -179,7 +184,29 @@ def _decode(image: Image.Image, where: str) -> None:
     """Check the size that the header claims, then read the pixels."""
     _check_size(image.size, where)
     with _pillow(where):
-        image.load()
+        try:
+            image.load()
+        except Exception:
+            if _is_closed(image):
+                raise InvalidRequest(
+                    f"[image] {where} is closed, or was so before its pixels were read. Pass it "
+                    "before the end of its `with` block, or call load() there."
+                ) from None
+            raise
+
+
+def _is_closed(image: Image.Image) -> bool:
+    """Say whether pixels that cannot be read are missing because somebody closed the image."""
+    file = getattr(image, "fp", None)
+    if file is not None:
+        return bool(getattr(file, "closed", False))
+    try:
+        image.getpixel((0, 0))
+    except ValueError as error:  # what Pillow leaves in place of the pixels says so
+        return "closed" in str(error)
+    except Exception:
+        return bool(getattr(image, "tile", None))  # still to be read, and no file to read them from
+    return False
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
@@ -251,30 +278,64 @@ def _read_data_url(url: str) -> bytes:
         raise Unsupported(
             f"[image] the data URL begins {shorten(header)}, only ;base64 is supported."
         )
-    if (n_bytes := (len(url) - len(header)) // 4 * 3) > MAX_BYTES + 3:  # before it costs anything
+    n_chars = len(url) - len(header) - 2 * url.count("%")
+    if (n_bytes := n_chars // 4 * 3) > MAX_BYTES + 3:  # before it costs anything
         raise _too_many_bytes("the data URL's image", n_bytes)
-    payload = url[len(header) + 1 :]
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        # As a whole, never in pieces: a list of 80 million characters takes 50 times their memory.
+        characters = _base64_characters(url[len(header) + 1 :].encode("ascii"))
+        return base64.b64decode(characters, validate=True)
     except (binascii.Error, ValueError) as cause:
         raise InvalidRequest(
             f"[image] the data URL is not base64: {shorten(cause)}. Encode the file again."
         ) from None
 
 
-def _read_file(path: str | os.PathLike[str]) -> bytes:
-    where = shorten(os.fspath(path))
+def _base64_characters(payload: bytes) -> bytes:
+    """Undo percent codes, and leave out blanks."""
+    if b"%" in payload:
+        for character in _PERCENT_CODES:
+            for code in (f"%{character[0]:02X}", f"%{character[0]:02x}"):
+                payload = payload.replace(code.encode(), character)
+    return payload.translate(None, _BLANKS)
+
+
+def _path_text(path: str | os.PathLike[Any]) -> str:
+    """Return a path as text; an object's own may raise anything."""
     try:
-        info = os.stat(path)  # before open(): opening a pipe would wait for a writer
-        if not stat.S_ISREG(info.st_mode):
-            raise InvalidRequest(f"[image] {where} is not a regular file.")
-        if info.st_size > MAX_BYTES:
-            raise _too_many_bytes(where, info.st_size)
-        with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+        return os.fsdecode(path)
+    except Exception as cause:
+        raise InvalidRequest(
+            f"[image] the source's type {type(path).__name__} gives no path: __fspath__ raised "
+            f"{type(cause).__name__} or returned no text. Give a path, bytes or a data: URL."
+        ) from cause
+
+
+def _read_file(path: str) -> bytes:
+    where = shorten(path)
+    try:
+        # Before it is opened, too: with some devices opening alone does something.
+        _check_file(os.stat(path), where)
+        # What would wait for a writer or for news, as pipes and /proc/kmsg do, fails instead.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        with open(file, "rb") as opened:
+            n_bytes = _check_file(os.fstat(file), where)
+            data = opened.read(n_bytes)
     except (OSError, ValueError) as cause:
         if isinstance(cause, Error):
             raise
         raise InvalidRequest(
             f"[image] cannot read {where}: {shorten(cause)}. Give a path, bytes or a data: URL."
         ) from cause
+    return data or b""  # None where there is nothing yet
+
+
+def _check_file(info: os.stat_result, where: str) -> int:
+    """Return how many bytes a file has, where it is one whose bytes are all there."""
+    if not stat.S_ISREG(info.st_mode):
+        raise InvalidRequest(f"[image] {where} is not a regular file. Give the path of an image.")
+    if info.st_size > MAX_BYTES:
+        raise _too_many_bytes(where, info.st_size)
+    if info.st_size == 0:  # so are those of /proc, whose reading may never end
+        raise InvalidRequest(f"[image] {where} is empty. Give the path of an image.")
+    return info.st_size

@@ -201,7 +201,12 @@ BAD_PARTS: dict[str, tuple[Any, type[Error], str]] = {
     "no url": ({"type": "image_url", "image_url": {}}, InvalidRequest, "names no image"),
     "number": ({"type": "image_url", "image_url": {"url": 7}}, InvalidRequest, "names no image"),
     "empty": ({"type": "image_url", "image_url": ""}, InvalidRequest, "names no image"),
-    "bytes as url": ({"type": "image_url", "image_url": b"x"}, InvalidRequest, "names no image"),
+    "bytes as url": ({"type": "image_url", "image_url": b"x"}, InvalidRequest, '"image": ...}'),
+    "open as url": (
+        {"type": "input_image", "image_url": {"url": Image.new("L", (1, 1))}},
+        InvalidRequest,
+        'Send an open image or bytes as {"type": "image", "image": ...}',
+    ),
     "input null": ({"type": "input_image"}, InvalidRequest, 'expected {"type": "input_image"'),
     "placeholder": ({"type": "image"}, InvalidRequest, 'one of "image", "url" or "path"'),
     "two": ({"type": "image", "url": "data:,", "path": "x"}, InvalidRequest, "names no image"),
