@@ -267,7 +267,7 @@ def _file_url_path(url: str) -> Path:
 
 
 def _read_data_url(url: str) -> bytes:
-    header, comma, payload = url[: _MAX_URL_HEADER + 1].partition(",")
+    header, comma, _ = url[: _MAX_URL_HEADER + 1].partition(",")
     if not comma:
         raise InvalidRequest(
             f"[image] the data URL begins {shorten(header, 40)} and has no comma within "
