@@ -396,6 +396,25 @@ def test_a_template_cannot_add_patches(folder: Path, tmp_path: Path) -> None:
             llm.chat([user(seen(picture(1, 1)), seen(picture(1, 1)))])
 
 
+def test_a_template_that_turns_messages_around_takes_their_images_along(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    template = (
+        "{% for message in messages | reverse %}{% for part in message.content %}"
+        "{{ '<|image|>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    images = [picture(1, 1, 1), picture(1, 2, 2)]
+    with LLM(tmp_path, device="cpu", threads=1, memory="64MiB") as llm:
+        messages = [user(text("one"), seen(images[0])), user(text("two"), seen(images[1]))]
+        request = chat_request(llm, messages)
+        assert request.prompt.tolist() == [*b"two", *laid_out(1, 2), *b"one", *laid_out(1, 1)]
+        assert request.images is not None
+        wanted = [tile(image, SETTINGS)[0] for image in reversed(images)]
+        assert_same_bits(np.stack(request.images.tiles), np.concatenate(wanted))
+
+
 def test_images_where_they_cannot_stand_are_refused(llm: LLM) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     with pytest.raises(Unsupported, match="together with tools"):
