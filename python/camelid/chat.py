@@ -8,8 +8,9 @@ tokens: a caller's handler says so.
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class ChatTemplate:
             messages: OpenAI message objects.
             tools: OpenAI tool objects.
             add_generation_prompt: End with the header of the assistant's answer.
-            image_handler: Called for each image part, in order.
+            image_handler: Called for each image part, in the order in which they are printed.
 
         Raises:
             InvalidRequest: If a message or tool is malformed.
@@ -178,7 +179,13 @@ class ChatTemplate:
             )
         veil = _Veil(self._firsts, conversation)
         text = self._render(conversation, add_generation_prompt, veil)
-        return self._encode(text, veil, conversation.images, image_handler)
+        parts = list(self._tokenizer.split_special(text))
+        if not conversation.images or image_handler is None:
+            return self._encode(parts, veil)
+        self._check_places(parts, len(conversation.images))
+        order = self._image_order(conversation, add_generation_prompt, veil)
+        images = iter([conversation.images[n] for n in order])
+        return self._encode(parts, veil, lambda: image_handler(next(images)))
 
     def _render(self, conversation: Conversation, add_prompt: bool, veil: _Veil) -> str:
         variables = {
@@ -208,30 +215,74 @@ class ChatTemplate:
             f"[template] {self._where} has a template for tools only. Add one named 'default'."
         )
 
+    def _image_order(
+        self, conversation: Conversation, add_prompt: bool, veil: _Veil
+    ) -> Sequence[int]:
+        """Return the images' numbers in the order in which the template prints them.
+
+        Templates print every image as the same `<|image|>`. So the conversation is rendered once
+        more, each image a text that names it; what prints texts elsewhere than images tells little,
+        and is believed to print images as they come.
+        """
+        in_order = range(len(conversation.images))
+        if len(in_order) < 2:
+            return in_order
+        numbers = iter(in_order)
+        messages = [_with_marks(message, veil.mark, numbers) for message in conversation.messages]
+        try:
+            text = self._render(Conversation(messages, conversation.tools), add_prompt, veil)
+        except TemplateError:  # it wants images
+            return in_order
+        order = [int(n) for n in re.findall(f"{veil.mark}([0-9]+){veil.mark}", text)]
+        if len(order) == len(in_order) == len(set(order)):
+            return order
+        if order != sorted(set(order)):
+            raise TemplateError(
+                f"[template] {self._where} prints parts of messages in another order, or twice, so "
+                "which image belongs where is unknown. Send one image, or use the model's own "
+                "template."
+            )
+        return in_order
+
+    def _check_places(self, parts: Sequence[str | int], n_images: int) -> None:
+        n_places = parts.count(self._tokenizer.special_tokens.get("<|image|>", -1))
+        if n_places != n_images:
+            raise TemplateError(
+                f"[template] {self._where} placed {n_places} of {n_images} images. It is for text "
+                "only, or prints <|image|> where there is none; send no images, or use the "
+                "model's own template."
+            )
+
     def _encode(
         self,
-        text: str,
+        parts: Sequence[str | int],
         veil: _Veil,
-        images: Sequence[ImagePart],
-        handler: ImageHandler | None,
+        next_image: Callable[[], Sequence[int]] | None = None,
     ) -> list[int]:
+        """Return the ids of texts and special tokens, each `<|image|>` replaced by an image's."""
         image_id = self._tokenizer.special_tokens.get("<|image|>")
         ids: list[int] = []
-        n_images = 0
-        for part in self._tokenizer.split_special(text):
+        for part in parts:
             if isinstance(part, str):
                 ids += self._tokenizer.encode(veil.uncover(part))
-            elif part == image_id and handler is not None and n_images < len(images):
-                ids += handler(images[n_images])
-                n_images += 1
+            elif part == image_id and next_image is not None:
+                ids += next_image()
             else:
                 ids.append(part)
-        if n_images != len(images):
-            raise TemplateError(
-                f"[template] {self._where} placed {n_images} of {len(images)} images. "
-                "This template is for text only; send no images, or use the model's own template."
-            )
         return ids
+
+
+def _with_marks(message: dict[str, Any], mark: str, numbers: Iterator[int]) -> dict[str, Any]:
+    """Copy a message with each image a text: its number among all images, between marks."""
+    if not isinstance(message["content"], list):
+        return message
+    content = [
+        {"type": "text", "text": f"{mark}{next(numbers)}{mark}"}
+        if part["type"] == "image"
+        else part
+        for part in message["content"]
+    ]
+    return {**message, "content": content}
 
 
 class _Veil:
@@ -255,6 +306,7 @@ class _Veil:
             # How JSON writes the stand-in when a template asks for ASCII.
             units = stand_in.encode("utf-16-be").hex()
             self._uncover[f"\\u{units[:4]}\\u{units[4:]}"] = first
+        self.mark = _unused(used)  # a character that stands nowhere
 
     @classmethod
     def for_nothing(cls) -> _Veil:

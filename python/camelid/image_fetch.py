@@ -1,13 +1,14 @@
 """Fetches images from http(s) URLs that strangers chose, and nothing that is not public.
 
-Owns which addresses may be reached, and the limits on redirects, bytes and seconds. The host's name
-is resolved once, every address is checked, and the connection goes to a checked one: a name that
-changes its mind afterwards changes nothing. Proxies and credentials are never used. Must never know
-images.
+Owns which addresses may be reached, and the limits on redirects, bytes, seconds and images. The
+host's name is resolved once, every address is checked, and the connection goes to a checked one: a
+name that changes its mind afterwards changes nothing. Proxies and credentials are never used. Must
+never know images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -28,9 +29,12 @@ from camelid.json_file import shorten
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["ImageFetcher", "is_public"]
+__all__ = ["MAX_FETCHES", "FetchSession", "ImageFetcher", "is_public"]
 
 _SECONDS = 10.0  # for everything: names, connections, redirects and the last byte
+MAX_FETCHES = 16  # images of one call: a conversation brings its own again with every turn
+_CALL_SECONDS = 30.0  # for all of them together
+_LOOK_SECONDS = 0.2  # how often who waits for a byte or a name looks whether to go on
 _MAX_REDIRECTS = 3
 _MAX_URL = 8192  # characters
 # The schemes' own: an image may not be a way to talk to whatever listens elsewhere.
@@ -147,14 +151,18 @@ class ImageFetcher:
         self._connector = connector
         self._tls = ssl.create_default_context() if tls is None else tls
 
-    def fetch(self, url: str) -> bytes:
+    def deadline(self, check: Callable[[], object] | None = None) -> _Deadline:
+        """Return the end of a fetch that begins now."""
+        return _Deadline(self._seconds, f"took more than {self._seconds:g} seconds", check)
+
+    def fetch(self, url: str, deadline: _Deadline | None = None) -> bytes:
         """Return what lies behind a URL.
 
         Raises:
             InvalidRequest: If it may not be fetched, cannot be, or is beyond a limit.
             Unsupported: If it comes compressed.
         """
-        deadline = _Deadline(self._seconds)
+        deadline = deadline or self.deadline()
         if len(url) > _MAX_URL:
             raise _refusal(url, f"has {len(url)} characters, expected at most {_MAX_URL}")
         try:
@@ -169,10 +177,10 @@ class ImageFetcher:
         except Error:
             raise
         except TimeoutError:
-            raise _refusal(url, f"took more than {self._seconds:g} seconds") from None
+            raise _refusal(url, deadline.says) from None
         except (OSError, http.client.HTTPException, ValueError) as cause:
             if deadline.is_over():
-                raise _refusal(url, f"took more than {self._seconds:g} seconds") from None
+                raise _refusal(url, deadline.says) from None
             raise _refusal(url, f"cannot be fetched: {shorten(cause)}") from cause
         raise _refusal(url, f"is behind more than {_MAX_REDIRECTS} redirects")
 
@@ -234,23 +242,84 @@ class ImageFetcher:
         if not _LOOKUPS.acquire(timeout=deadline.left()):
             raise TimeoutError
         threading.Thread(target=look_up, name="camelid-lookup", daemon=True).start()
-        try:
-            answer = answers.get(timeout=deadline.left())
-        except queue.Empty:
-            raise TimeoutError from None
+        answer = None
+        while answer is None:
+            with contextlib.suppress(queue.Empty):
+                answer = answers.get(timeout=deadline.next_look())
         if isinstance(answer, Exception):
             raise answer
         return answer
 
 
-class _Deadline:
-    """A moment after which nothing may take any longer."""
+class FetchSession:
+    """Fetches the images of one call, within limits for all of them together.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        fetcher: Fetches each.
+        check: Called while waiting, several times a second; what it raises ends the fetch.
+    """
+
+    def __init__(
+        self,
+        fetcher: ImageFetcher,
+        check: Callable[[], object],
+        *,
+        seconds: float = _CALL_SECONDS,
+    ) -> None:
+        self._fetcher = fetcher
+        self._check = check
+        self._seconds = self._left = seconds
+        self._n_fetches = 0
+
+    def fetch(self, url: str) -> bytes:
+        """Return what lies behind a URL, as `ImageFetcher.fetch` does.
+
+        Raises:
+            InvalidRequest: Also if this is one too many, or the others left it no time.
+        """
+        if self._n_fetches == MAX_FETCHES:
+            raise _refusal(url, f"is one image more than the {MAX_FETCHES} fetched in one call")
+        self._n_fetches += 1
+        says = f"and the images before it took more than {self._seconds:g} seconds"
+        started = time.monotonic()
+        deadline = self._fetcher.deadline(self._check)
+        deadline.shorten(self._left, says)
+        try:
+            return self._fetcher.fetch(url, deadline)
+        finally:
+            self._left -= time.monotonic() - started
+
+
+class _Deadline:
+    """A moment after which nothing may take any longer.
+
+    Args:
+        seconds: From now.
+        says: What is said of a URL that is not there by then.
+        check: Called whenever somebody asks for the time that is left.
+    """
+
+    def __init__(
+        self, seconds: float, says: str, check: Callable[[], object] | None = None
+    ) -> None:
         self._end = time.monotonic() + seconds
+        self._check = check
+        self.says = says
+
+    def shorten(self, seconds: float, says: str) -> None:
+        """Come earlier, if `seconds` from now is."""
+        end = time.monotonic() + seconds
+        if end < self._end:
+            self._end, self.says = end, says
+
+    def next_look(self) -> float:
+        """Return the seconds to wait for before asking again; raises TimeoutError at the end."""
+        return min(self.left(), _LOOK_SECONDS)
 
     def left(self) -> float:
         """Return the seconds left; raises TimeoutError when there are none."""
+        if self._check is not None:
+            self._check()
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -292,8 +361,10 @@ class _TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        self._sock.settimeout(self._deadline.left())
-        return self._sock.recv_into(buffer)
+        while True:
+            self._sock.settimeout(self._deadline.next_look())
+            with contextlib.suppress(TimeoutError):
+                return self._sock.recv_into(buffer)
 
 
 def _read(response: http.client.HTTPResponse, host: str) -> bytes:

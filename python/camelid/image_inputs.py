@@ -5,6 +5,7 @@ Must never know the engine, prompts or messages.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
     from camelid.config import VisionConfig
     from camelid.image_config import ImageConfig
+    from camelid.image_fetch import ImageFetcher
     from camelid.options import LoadOptions
 
-__all__ = ["ImageInputs", "tile_array"]
+__all__ = ["ImageInputs", "is_remote", "tile_array"]
 
 _WANTED = "Pillow images, or float arrays [n_tiles, channels, side, side]"
 
@@ -35,7 +37,7 @@ class ImageInputs:
         folder: The model's, which says how images are cut.
         vision: Its vision tower, None where it has none.
         allow_files: Whether `open` takes local paths.
-        fetch: Returns the bytes behind an http(s) URL; None refuses them.
+        fetcher: Fetches http(s) URLs; None refuses them.
     """
 
     def __init__(
@@ -44,24 +46,38 @@ class ImageInputs:
         vision: VisionConfig | None,
         *,
         allow_files: bool = True,
-        fetch: Callable[[str], bytes] | None = None,
+        fetcher: ImageFetcher | None = None,
     ) -> None:
         self._folder = folder
         self._vision = vision
         self._allow_files = allow_files
-        self._fetch = fetch
+        self._fetcher = fetcher
+        self._fetch: Callable[[str], bytes] | None = None if fetcher is None else fetcher.fetch
 
     @classmethod
     def from_options(
         cls, folder: Path, vision: VisionConfig | None, options: LoadOptions
     ) -> ImageInputs:
         """Return what reads images as a model was loaded to do."""
-        fetch = None
+        fetcher = None
         if options.fetch_images:
             from camelid.image_fetch import ImageFetcher
 
-            fetch = ImageFetcher().fetch
-        return cls(folder, vision, allow_files=options.image_files, fetch=fetch)
+            fetcher = ImageFetcher()
+        return cls(folder, vision, allow_files=options.image_files, fetcher=fetcher)
+
+    def for_call(self, check: Callable[[], object]) -> ImageInputs:
+        """Return what opens the images of one call, whose fetches share their limits.
+
+        Args:
+            check: Called while an image is fetched; what it raises ends that.
+        """
+        inputs = copy.copy(self)
+        if self._fetcher is not None:
+            from camelid.image_fetch import FetchSession
+
+            inputs._fetch = FetchSession(self._fetcher, check).fetch
+        return inputs
 
     def require_vision(self) -> VisionConfig:
         """Return the vision tower's config.
@@ -104,14 +120,14 @@ class ImageInputs:
         """
         from camelid.image_files import load_image
 
-        if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+        if is_remote(source):
             if self._fetch is None:
                 raise Unsupported(
                     "[image] http(s) URLs are fetched only by a model loaded with "
                     "fetch_images=True: this process would open connections that a prompt chose. "
                     "Send a data: URL instead."
                 )
-            return load_image(self._fetch(source))
+            return load_image(self._fetch(str(source)))
         return load_image(source, allow_files=self._allow_files)
 
     def tiling(self) -> ImageConfig:
@@ -145,6 +161,11 @@ class ImageInputs:
         except Error as cause:
             said = str(cause).removeprefix("[image] ")
             raise type(cause)(f"{where}: {said}") from cause
+
+
+def is_remote(source: object) -> bool:
+    """Say whether an image's source is an http(s) URL."""
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def tile_array(

@@ -51,7 +51,9 @@ def read_image_part(part: Mapping[str, Any], where: str) -> ImagePart:
         source = source.get("url") if isinstance(source, Mapping) else source
         is_source = isinstance(source, str | os.PathLike)
     if not is_source or source == "":
-        raise InvalidRequest(f"[chat] {where} names no image, expected {_FORMS[kind]}.")
+        raise InvalidRequest(
+            f"[chat] {where} names no image, expected {_FORMS[kind]}.{_advice(kind, source)}"
+        )
     return ImagePart(where, source)
 
 
@@ -59,6 +61,12 @@ def is_pillow(value: Any) -> bool:
     """Say whether a value is a Pillow image, without importing Pillow."""
     module = sys.modules.get("PIL.Image")  # who has such an image has imported this
     return module is not None and isinstance(value, module.Image)
+
+
+def _advice(kind: str, source: Any) -> str:
+    if kind != "image" and (isinstance(source, _BYTES) or is_pillow(source)):
+        return ' Send an open image or bytes as {"type": "image", "image": ...}.'
+    return ""
 
 
 def _transformers_source(part: Mapping[str, Any]) -> Any:

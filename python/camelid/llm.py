@@ -94,7 +94,8 @@ class LLM:
         image_files: Whether images in messages may be local paths. Servers pass False: a client's
             path would read the server's files.
         fetch_images: Whether images in messages may be http(s) URLs. They are fetched from public
-            addresses only, within limits of size and time (`image_fetch.py`).
+            addresses only, within limits of size and time (`image_fetch.py`), and at most 16 of
+            them, in 30 seconds, for one call.
         image_cache: Bytes for images encoded before, or "256MiB", out of `memory`; 0 remembers
             none. None takes 256 MiB, or a sixteenth of what the weights leave if that is less.
             Encoded images of prompts that wait are held to as many bytes, but for one prompt's;
@@ -222,6 +223,7 @@ class LLM:
         done: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         answers = [Answer(done.put) for _ in many]
         requests: list[Request] = []
+        since = self._loop.n_cancellations
         each = params_for(params, len(many))
         for prompt, wanted, answer in zip(many, each, answers, strict=True):
             ids = encode_prompt(prompt, self._tokenizer, self._config.vocab_size)
@@ -232,7 +234,7 @@ class LLM:
                 # Read twice, to refuse at once what cannot be served, and to hold one prompt's.
                 request.images.let_go(functools.partial(self._image_inputs.read, given))
             requests.append(request)
-        with self._running(requests, progress), prompts_bar(len(many), progress) as bar:
+        with self._running(requests, progress, since), prompts_bar(len(many), progress) as bar:
             for _ in many:
                 event = self._loop.wait(done)
                 if isinstance(event, Error):
@@ -291,7 +293,9 @@ class LLM:
         """
         done: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         answer = Answer(done.put)
-        with self._running([self._chat_request(messages, params, tools, answer.take)]):
+        since = self._loop.n_cancellations
+        request = self._chat_request(messages, params, tools, answer.take)
+        with self._running([request], since=since):
             event = self._loop.wait(done)
             if isinstance(event, Error):
                 raise event
@@ -329,13 +333,14 @@ class LLM:
             CapacityError: If the result or the KV cache will not fit in memory.
             Unsupported: If images are given to a model without a vision tower.
         """
+        since = self._loop.n_cancellations
         ids = token_array(token_ids, self._config.vocab_size)
         self._limits.check(len(ids), 0)
         logits = _empty_logits(len(ids), self._config.vocab_size)
         events: queue.SimpleQueue[Delta | Error] = queue.SimpleQueue()
         request = LogitsRequest(ids, ResolvedSampling(), events.put, logits=logits)
         request.images = self._images(ids, images)
-        with self._running([request]):
+        with self._running([request], since=since):
             event = self._loop.wait(events)
         if isinstance(event, Error):
             raise event
@@ -402,9 +407,14 @@ class LLM:
                     return
 
     @contextlib.contextmanager
-    def _running(self, requests: list[Request], progress: bool = False) -> Iterator[None]:
-        """Run requests; whatever ends the block, none of them goes on behind it."""
-        since = self._loop.n_cancellations
+    def _running(
+        self, requests: list[Request], progress: bool = False, since: int | None = None
+    ) -> Iterator[None]:
+        """Run requests; whatever ends the block, none of them goes on behind it.
+
+        `since` is the number of cancellations when the call began; None: it begins now.
+        """
+        since = self._loop.n_cancellations if since is None else since
         try:
             # Those without images first: encoding takes a while.
             for request in sorted(requests, key=lambda request: request.images is not None):
@@ -418,7 +428,12 @@ class LLM:
                 self._loop.cancel(left)
 
     def _start(self, request: Request, since: int, progress: bool) -> None:
-        """Encode the images of a request, and submit it."""
+        """Encode the images of a request, and submit it, unless it was cancelled before."""
+        if request.finished:
+            return
+        if self._loop.n_cancellations != since:
+            request.deliver(request.cancel())
+            return
         images, request.images = request.images, None
         if images is not None and not self._image_encoder.encode_prompt(
             request, images, since=since, progress=progress
@@ -465,15 +480,39 @@ class LLM:
         with self._template_lock:
             if self._template is None:
                 self._template = ChatTemplate.from_folder(self._folder, self.tokenizer)
+        self._loop.check_open()
+        since = self._loop.n_cancellations
         images = ChatImages(
-            self._image_inputs, self.tokenizer.special_id, lambda n: self._limits.check(n, 1)
+            self._image_inputs,
+            self.tokenizer.special_id,
+            lambda n: self._limits.check(n, 1),
+            lambda: self._check_wanted(since),
         )
-        encoded = self._template.encode(messages, tools=tools, image_handler=images.take)
+        try:
+            encoded = self._template.encode(messages, tools=tools, image_handler=images.take)
+            self._check_wanted(since)
+        except Cancelled:
+            if self._loop.n_cancellations == since:
+                raise  # closed
+            request = self._generate_request(np.zeros(0, np.int32), wanted.resolve(), deliver)
+            deliver(request.cancel())
+            return request
         ids = token_array(encoded, self._config.vocab_size)
         resolved = wanted.resolve(self._config.generation)
         request = self._generate_request(ids, resolved, deliver)
         request.images = PromptImages.place(ids, images.tiles, self._config)
         return request
+
+    def _check_wanted(self, since: int) -> None:
+        """Raise Cancelled where requests were cancelled after `since`, or the model is closed."""
+        if self._loop.n_cancellations != since:
+            raise Cancelled("[llm] the request was cancelled before it had a prompt.")
+        try:
+            self._loop.check_open()
+        except InvalidRequest:
+            raise Cancelled(
+                "[llm] the model was closed while this request was under way."
+            ) from None
 
     def _images(self, ids: NDArray[np.int32], images: Any) -> PromptImages | None:
         """Read the images of a prompt of token ids, and find the tokens they stand for."""

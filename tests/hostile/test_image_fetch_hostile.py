@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from camelid import image_fetch
-from camelid.errors import Error, InvalidRequest, Unsupported
-from camelid.image_fetch import ImageFetcher
+from camelid.errors import Cancelled, Error, InvalidRequest, Unsupported
+from camelid.image_fetch import MAX_FETCHES, FetchSession, ImageFetcher
 from fake_web import PUBLIC, Answer, FakeWeb, moved, ok
 
 SHORT = 0.3  # seconds, for fetches that are to run out of them
@@ -290,6 +290,65 @@ def test_names_that_hang_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) 
         assert len(started) == 1
         over.set()
         assert web.fetcher().fetch("http://a.example/") == b"x"
+
+
+def test_one_call_fetches_so_many_images_and_no_more() -> None:
+    with FakeWeb({f"/{n}": ok(b"x") for n in range(MAX_FETCHES)}) as web:
+        session = FetchSession(web.fetcher(), lambda: None)
+        for n in range(MAX_FETCHES):
+            assert session.fetch(f"http://images.example/{n}") == b"x"
+        with pytest.raises(InvalidRequest, match="one image more than the 16 fetched in one call"):
+            session.fetch("http://images.example/0")
+        assert len(web.requests) == MAX_FETCHES
+
+
+def test_the_images_of_one_call_share_their_seconds() -> None:
+    with FakeWeb({"/quick": ok(b"x")}) as web:
+        web.answers["/"] = drip_after(web, b"HTTP/1.1 200 OK\r\n\r\n")
+        session = FetchSession(web.fetcher(seconds=SHORT), lambda: None, seconds=1.5 * SHORT)
+        started = time.monotonic()
+        with pytest.raises(InvalidRequest, match=r" took more than 0\.3 seconds"):
+            session.fetch("http://images.example/")
+        for url in ("http://images.example/", "http://images.example/quick"):
+            with pytest.raises(InvalidRequest, match=r"before it took more than 0\.45 seconds"):
+                session.fetch(url)
+        assert time.monotonic() - started < LATEST
+
+
+def test_time_between_fetches_is_not_counted() -> None:
+    with FakeWeb({"/": ok(b"x")}) as web:
+        session = FetchSession(web.fetcher(), lambda: None, seconds=LATEST)
+        session._left = SHORT
+        assert session.fetch("http://images.example/") == b"x"
+        assert 0 < session._left < SHORT
+
+
+@pytest.mark.parametrize("hangs", ["server", "resolver"])
+def test_a_fetch_ends_when_nobody_wants_it(hangs: str) -> None:
+    over = threading.Event()
+    looks = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 6:
+            raise Cancelled("[llm] not wanted")
+
+    def hanging_resolver(host: str, port: int) -> list[str]:
+        over.wait(LATEST)
+        return [PUBLIC]
+
+    def silent(conn: socket.socket) -> None:
+        while web.wait():
+            pass
+
+    with FakeWeb({"/": silent}) as web:
+        options = {"resolver": hanging_resolver} if hangs == "resolver" else {}
+        session = FetchSession(web.fetcher(**options), check)
+        started = time.monotonic()
+        with pytest.raises(Cancelled, match="not wanted"):
+            session.fetch("http://images.example/")
+        assert time.monotonic() - started < LATEST
+        over.set()
 
 
 def test_failures_of_the_network_are_errors() -> None:

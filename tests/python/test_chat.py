@@ -233,6 +233,73 @@ def test_images_where_templates_lose_them_are_refused() -> None:
         text_only.encode([image_message()], image_handler=lambda part: [])
 
 
+def in_order_of(template: str, messages: list[Message]) -> list[str]:
+    """Return the sources of images in the order of their places in the prompt."""
+    seen: list[str] = []
+    made = ChatTemplate({"default": template}, TOKENIZER)
+    made.encode(messages, image_handler=lambda part: seen.append(part.source) or [])
+    return seen
+
+
+def image(name: str) -> Message:
+    return {"type": "image_url", "image_url": {"url": name}}
+
+
+def said(words: str) -> Message:
+    return {"type": "text", "text": words}
+
+
+OF_USERS = """
+{%- for message in messages if message.role == 'user' %}
+    {%- for part in message.content %}
+        {{- '<|image|>' if part.type == 'image' else part.text | trim }}
+    {%- endfor %}
+{%- endfor %}"""
+PICTURES: list[Message] = [
+    {"role": "user", "content": [image("a"), said("1"), image("b")]},
+    {"role": "assistant", "content": "ok"},
+    {"role": "user", "content": [image("c")]},
+]
+
+
+def test_images_go_where_the_template_prints_them() -> None:
+    assert in_order_of(OF_USERS, PICTURES) == ["a", "b", "c"]
+    latest_first = OF_USERS.replace("in messages", "in messages | reverse")
+    assert in_order_of(latest_first, PICTURES) == ["c", "a", "b"]
+    backwards = latest_first.replace("in message.content", "in message.content | reverse")
+    assert in_order_of(backwards, PICTURES) == ["c", "b", "a"]
+    images_alone = OF_USERS.replace("part.text | trim", "''")
+    assert in_order_of(images_alone, PICTURES) == ["a", "b", "c"]
+    insisting = "{{ raise_exception('none') if messages[0].content[0].type != 'image' }}"
+    assert in_order_of(insisting + OF_USERS, PICTURES) == ["a", "b", "c"]
+    marks = [image("a"), said("\U000f00000\U000f0000"), image("b")]
+    assert in_order_of(OF_USERS, [{"role": "user", "content": marks}]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("<|image|>" + OF_USERS, "placed 4 of 3 images"),
+        (OF_USERS + "<|image|>", "placed 4 of 3 images"),
+        (OF_USERS.replace("in messages", "in messages[2:]"), "placed 1 of 3 images"),
+        (OF_USERS * 2, "placed 6 of 3 images"),
+        (
+            OF_USERS.replace("in messages", "in messages[2:] * 3"),
+            "in another order, or twice",
+        ),
+    ],
+    ids=range(5),
+)
+def test_places_that_are_not_the_images_are_refused_before_one_is_opened(
+    template: str, says: str
+) -> None:
+    opened: list[ImagePart] = []
+    made = ChatTemplate({"default": template}, TOKENIZER)
+    with pytest.raises(TemplateError, match=says):
+        made.encode(PICTURES, image_handler=lambda part: opened.append(part) or [])
+    assert opened == []
+
+
 CALL = {"function": {"name": "f", "arguments": "{}"}}
 BAD_MESSAGES: dict[str, tuple[Any, str]] = {
     "empty": ([], "messages is empty"),

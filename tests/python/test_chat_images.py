@@ -16,7 +16,7 @@ from PIL import Image
 
 from camelid import LLM, SamplingParams
 from camelid.config import load_config
-from camelid.errors import Error, InvalidRequest, TemplateError, Unsupported
+from camelid.errors import Cancelled, Error, InvalidRequest, TemplateError, Unsupported
 from camelid.image_inputs import ImageInputs
 from camelid.images import tile
 from camelid.request import GenerateRequest
@@ -203,7 +203,12 @@ BAD_PARTS: dict[str, tuple[Any, type[Error], str]] = {
     "no url": ({"type": "image_url", "image_url": {}}, InvalidRequest, "names no image"),
     "number": ({"type": "image_url", "image_url": {"url": 7}}, InvalidRequest, "names no image"),
     "empty": ({"type": "image_url", "image_url": ""}, InvalidRequest, "names no image"),
-    "bytes as url": ({"type": "image_url", "image_url": b"x"}, InvalidRequest, "names no image"),
+    "bytes as url": ({"type": "image_url", "image_url": b"x"}, InvalidRequest, '"image": ...}'),
+    "open as url": (
+        {"type": "input_image", "image_url": {"url": Image.new("L", (1, 1))}},
+        InvalidRequest,
+        'Send an open image or bytes as {"type": "image", "image": ...}',
+    ),
     "input null": ({"type": "input_image"}, InvalidRequest, 'expected {"type": "input_image"'),
     "placeholder": ({"type": "image"}, InvalidRequest, 'one of "image", "url" or "path"'),
     "two": ({"type": "image", "url": "data:,", "path": "x"}, InvalidRequest, "names no image"),
@@ -259,7 +264,7 @@ def test_a_server_keeps_its_files(folder: Path, tmp_path: Path) -> None:
 def test_urls_are_fetched_where_that_is_allowed(folder: Path) -> None:
     image = picture(1, 2)
     with FakeWeb({"/a.png": ok(png(image)), "/text": ok(b"hello")}) as web:
-        inputs = ImageInputs(folder, load_config(folder).vision, fetch=web.fetcher().fetch)
+        inputs = ImageInputs(folder, load_config(folder).vision, fetcher=web.fetcher())
         assert_same_bits(
             tile(inputs.open("http://images.example/a.png"), SETTINGS)[0], tile(image, SETTINGS)[0]
         )
@@ -269,6 +274,91 @@ def test_urls_are_fetched_where_that_is_allowed(folder: Path) -> None:
         part = {"type": "image_url", "image_url": "http://127.0.0.1/a.png"}
         with pytest.raises(InvalidRequest, match=r"^\[chat\] messages\[0\].content\[0\]: .*public"):
             llm.chat([user(part)])
+
+
+def remote(path: str) -> Message:
+    return {"type": "image_url", "image_url": {"url": f"http://images.example{path}"}}
+
+
+def test_a_call_fetches_each_url_once_and_sixteen_at_most(
+    llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [f"/{n}.png" for n in range(17)]
+    with FakeWeb({path: ok(png(picture(1, 1, n))) for n, path in enumerate(paths)}) as web:
+        inputs = ImageInputs(folder, load_config(folder).vision, fetcher=web.fetcher())
+        monkeypatch.setattr(llm, "_image_inputs", inputs)
+        parts = [remote(path) for path in paths[:16]]
+        for n_calls in (1, 2):  # the limits are each call's own
+            request = chat_request(llm, [user(*parts, *parts[:8]), user(*parts)])
+            assert len(web.requests) == 16 * n_calls
+        assert request.images is not None
+        seen_tiles = np.concatenate(request.images.take())
+        assert len(seen_tiles) == 40
+        wanted = tile(picture(1, 1, 3), SETTINGS)[0][0]
+        for place in (3, 19, 27):
+            assert_same_bits(seen_tiles[place], wanted)
+        with pytest.raises(InvalidRequest, match=r"messages\[0\].content\[16\]: .*the 16 fetched"):
+            llm.chat([user(*map(remote, paths))], GREEDY)
+
+
+class Opening:
+    """Does something whenever the model opens an image."""
+
+    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch, then: Any) -> None:
+        self.n_opened = 0
+        opening = llm._image_inputs.open
+
+        def count(source: Any) -> Any:
+            self.n_opened += 1
+            if self.n_opened % 3 == 0:
+                then()
+            return opening(source)
+
+        monkeypatch.setattr(llm._image_inputs, "open", count)
+
+
+def test_cancelling_ends_a_chat_between_two_images(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = Opening(llm, monkeypatch, llm.cancel)
+    messages = [user(*[seen(picture(1, 1, n)) for n in range(9)])]
+    answer = llm.chat(messages, GREEDY)
+    assert (answer.finish_reason, answer.token_ids, answer.text) == ("cancelled", [], "")
+    assert opening.n_opened == 3
+    (delta,) = llm.stream_chat(messages, GREEDY, progress=True)
+    assert (delta.finish_reason, delta.token_ids) == ("cancelled", [])
+    assert opening.n_opened == 6
+    assert llm.chat([user(*[seen(picture(1, 1, n)) for n in range(3)])], GREEDY).text == ""
+    assert llm.chat([user(seen(picture(1, 1)))], GREEDY).finish_reason == "length"
+
+
+def test_a_cancellation_while_the_last_image_is_read_counts(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = llm._image_inputs.read
+    monkeypatch.setattr(llm._image_inputs, "read", lambda images: (llm.cancel(), read(images))[1])
+    encoded = count_tiles(llm, monkeypatch)
+    prompt = {"prompt_token_ids": [BOS, *laid_out(1, 1)], "images": [picture(1, 1, 77)]}
+    (answer,) = llm.generate(prompt, GREEDY)
+    assert answer.finish_reason == "cancelled"
+    with pytest.raises(Cancelled):
+        llm.logits(prompt["prompt_token_ids"], images=prompt["images"])
+    assert encoded == []
+
+
+def test_closing_ends_a_chat_between_two_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n_images in (9, 3):
+        llm = LLM(folder, device="cpu", threads=1, memory="64MiB")
+        opening = Opening(llm, monkeypatch, llm.close)
+        messages = [user(*[seen(picture(1, 1, n)) for n in range(n_images)])]
+        with pytest.raises(Cancelled, match="closed while"):
+            llm.chat(messages)
+        for call in (llm.chat, llm.stream_chat):
+            with pytest.raises(InvalidRequest, match="is closed"):
+                call(messages)
+        assert opening.n_opened == 3
 
 
 def test_text_that_looks_like_an_image_moves_nothing(llm: LLM) -> None:
@@ -306,6 +396,25 @@ def test_a_template_cannot_add_patches(folder: Path, tmp_path: Path) -> None:
         llm._template = None
         with pytest.raises(TemplateError, match="placed 1 of 2 images"):
             llm.chat([user(seen(picture(1, 1)), seen(picture(1, 1)))])
+
+
+def test_a_template_that_turns_messages_around_takes_their_images_along(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    template = (
+        "{% for message in messages | reverse %}{% for part in message.content %}"
+        "{{ '<|image|>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    images = [picture(1, 1, 1), picture(1, 2, 2)]
+    with LLM(tmp_path, device="cpu", threads=1, memory="64MiB") as llm:
+        messages = [user(text("one"), seen(images[0])), user(text("two"), seen(images[1]))]
+        request = chat_request(llm, messages)
+        assert request.prompt.tolist() == [*b"two", *laid_out(1, 2), *b"one", *laid_out(1, 1)]
+        assert request.images is not None
+        wanted = [tile(image, SETTINGS)[0] for image in reversed(images)]
+        assert_same_bits(np.concatenate(request.images.take()), np.concatenate(wanted))
 
 
 def test_images_where_they_cannot_stand_are_refused(llm: LLM) -> None:
