@@ -184,7 +184,6 @@ def parse_config(
     n_experts = text.integer("num_local_experts", 16, 1, _MAX_EXPERTS)
     max_position = text.integer("max_position_embeddings", 4096 * 32, 1, _MAX_TOKENS)
     theta, scaling = _rope(text, max_position)
-    vocab_size = text.integer("vocab_size", 202048, 1, _MAX_VOCAB)
     _warn_of_first_scout_release(where, dim, n_layers, n_experts, scaling)
     vision = _vision(top) if multimodal else None
     # transformers ties by the text config; the top level counts only where that says nothing.
@@ -200,7 +199,7 @@ def parse_config(
         dense_dim=text.integer("intermediate_size_mlp", 16384, 1, _MAX_DIM),
         n_experts=n_experts,
         top_k=text.integer("num_experts_per_tok", 1, 1, n_experts),
-        vocab_size=vocab_size,
+        vocab_size=text.integer("vocab_size", 202048, 1, _MAX_VOCAB),
         rms_norm_eps=text.number("rms_norm_eps", 1e-5, 0.0, 1.0),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -219,7 +218,7 @@ def parse_config(
         pad_id=_first_id("pad_token_id", generation_fields, text, top),
         prefix="language_model." if multimodal else "",
         vision=vision,
-        image_token_index=_image_token_index(top, vocab_size if multimodal else None),
+        image_token_index=_image_token_index(top),
         quantization=_quantization(top, text),
         generation=_generation(generation_fields),
     )
@@ -408,13 +407,9 @@ def _side(vision: Fields, key: str, default: int) -> int:
     return vision.integer(key, default, 1, 1 << 14)
 
 
-def _image_token_index(top: Fields, vocab_size: int | None) -> int:
-    """Return the token that stands for images; `vocab_size` bounds it where there are any."""
+def _image_token_index(top: Fields) -> int:
     key = "image_token_index" if "image_token_index" in top else "image_token_id"
-    index = top.integer(key, 200092, 0, _MAX_ID)
-    if vocab_size is not None and index >= vocab_size:
-        raise top.error(key, f"a token id below vocab_size = {vocab_size}")
-    return index
+    return top.integer(key, 200092, 0, _MAX_ID)
 
 
 def _token_ids(key: str, *sources: Fields) -> tuple[int, ...]:

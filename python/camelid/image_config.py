@@ -39,12 +39,6 @@ class ImageConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # red, green, blue, after rescaling
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
-    @staticmethod
-    def is_in(folder: str | os.PathLike[str]) -> bool:
-        """Say whether a folder has a file that `from_folder` might read."""
-        names = ("processor_config.json", "preprocessor_config.json")
-        return any((Path(folder) / name).exists() for name in names)
-
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> ImageConfig:
         """Read a model folder's `processor_config.json` or `preprocessor_config.json`.

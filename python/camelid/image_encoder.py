@@ -59,8 +59,9 @@ class PromptImages:
             images: Of each image its tiles.
             config: The model's.
             marks: The ids of <|image_start|> and <|image_end|>. Where they enclose all image
-                tokens, each image must fill one pair of them; otherwise only the total counts, as
-                with transformers. None: as if there were none in the prompt.
+                tokens, in as many places as there are images, each image must fill its place;
+                otherwise only the total counts, as with transformers. None: as if there were none
+                in the prompt.
 
         Raises:
             InvalidRequest: If there are more or fewer image tokens than the tiles make.

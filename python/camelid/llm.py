@@ -32,7 +32,6 @@ from camelid.errors import (
     InvalidRequest,
 )
 from camelid.image_cache import FeatureCache
-from camelid.image_config import ImageConfig
 from camelid.image_encoder import ImageEncoder, PromptImages
 from camelid.image_inputs import ImageInputs, tile_array
 from camelid.image_prompt import END, PATCH, START
@@ -150,12 +149,9 @@ class LLM:
             self._config = checkpoint.config
             most_tokens = context_limit(options, self._config)
             self._tokenizer = _find_tokenizer(self._folder)
-            self._image_marks = _find_image_marks(self._folder, self._config, self._tokenizer)
             self._image_inputs = ImageInputs.from_options(
                 self._folder, self._config.vision, options
             )
-            if self._config.vision is not None and ImageConfig.is_in(self._folder):
-                self._image_inputs.tiling()  # says what does not fit before weights are read
             loaded = load(checkpoint, options, max_step_tokens=_MAX_STEP_TOKENS, progress=progress)
         self._end_ids = frozenset(self._config.eos_ids)
         if self._tokenizer is not None:
@@ -324,8 +320,9 @@ class LLM:
 
         Nothing is added to the ids: begin them with the BOS id where the model expects it. `images`
         are Pillow images, or tiles as `encode_image` takes them, in the order of their patch
-        tokens: each fills one pair of <|image_start|> and <|image_end|>. Where those do not enclose
-        all patch tokens only their total counts.
+        tokens. Where pairs of <|image_start|> and <|image_end|> enclose these, one pair for each
+        image, each must fill its own; otherwise their total must fit. With None, patch tokens are
+        tokens like others.
 
         Raises:
             InvalidRequest: If there are no ids, one is outside the vocabulary, or images and patch
@@ -500,7 +497,7 @@ class LLM:
         ids = token_array(encoded, self._config.vocab_size)
         resolved = wanted.resolve(self._config.generation)
         request = self._generate_request(ids, resolved, deliver)
-        request.images = PromptImages.place(ids, images.tiles, self._config)
+        request.images = self._place(ids, images.tiles) if images.tiles else None
         return request
 
     def _check_wanted(self, since: int) -> None:
@@ -516,8 +513,15 @@ class LLM:
 
     def _images(self, ids: NDArray[np.int32], images: Any) -> PromptImages | None:
         """Read the images of a prompt of token ids, and find the tokens they stand for."""
-        read = [] if images is None else self._image_inputs.read(images)
-        return PromptImages.place(ids, read, self._config, self._image_marks)
+        if images is None:  # its image tokens, if any, are tokens like others
+            return None
+        return self._place(ids, self._image_inputs.read(images))
+
+    def _place(
+        self, ids: NDArray[np.int32], tiles: Sequence[NDArray[np.float32]]
+    ) -> PromptImages | None:
+        marks = _find_image_marks(self._folder, self._config, self._tokenizer)
+        return PromptImages.place(ids, tiles, self._config, marks)
 
 
 def _empty_logits(n_tokens: int, vocab_size: int) -> NDArray[np.float32]:
@@ -548,16 +552,25 @@ def _find_image_marks(
     """Return the tokens that begin and end an image; None where the folder does not say.
 
     Raises:
-        CheckpointError: If config and tokenizer disagree about the token of images.
+        CheckpointError: If the token of images is outside the vocabulary, or the tokenizer has
+            another one.
     """
-    if config.vision is None or tokenizer is None:
+    if config.vision is None:
+        return None
+    index = config.image_token_index
+    if index >= config.vocab_size:
+        raise CheckpointError(
+            f"[config] {folder}: image_token_index is {index} in config.json, expected a token id "
+            f"below vocab_size = {config.vocab_size}. Download it again."
+        )
+    if tokenizer is None:
         return None
     special = tokenizer.special_tokens
-    patch = special.get(PATCH, config.image_token_index)
-    if patch != config.image_token_index:
+    patch = special.get(PATCH, index)
+    if patch != index:
         raise CheckpointError(
-            f"[config] {folder}: image_token_index is {config.image_token_index} in config.json, "
-            f"the tokenizer's {PATCH} is {patch}. Download both files again."
+            f"[config] {folder}: image_token_index is {index} in config.json, the tokenizer's "
+            f"{PATCH} is {patch}. Download both files again."
         )
     if START in special and END in special:
         return special[START], special[END]

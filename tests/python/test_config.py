@@ -323,12 +323,3 @@ def test_config_is_hashable_apart_from_its_parts() -> None:
     assert isinstance(config, ModelConfig)
     with pytest.raises(AttributeError):
         config.dim = 1  # type: ignore[misc]
-
-
-def test_an_image_token_outside_the_vocabulary_is_refused() -> None:
-    for key in ("image_token_index", "image_token_id"):
-        top = {"image_token_index": REMOVE, key: TEXT_CONFIG["vocab_size"]}
-        with pytest.raises(CheckpointError, match=rf"{key} is .* expected a token id below"):
-            parse_config(multimodal(top))
-    text = {"model_type": "llama4_text", "vocab_size": 100}  # stands for nothing there
-    assert parse_config(text).image_token_index == 200092
