@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_cases import CHUNK, PLAIN, STORE, Shape, bf16, from_bf16
+from cuda_cases import BF16, CHUNK, PAIRS, PLAIN, STORE, Quantized, Shape, bf16, from_bf16, pack
 from cuda_device import Device, Memory
 
 TILE_TOKENS = 128
@@ -35,17 +35,6 @@ class Weights:
     keep: list[Memory]
 
 
-def source_rows(rows: int, order: int) -> NDArray[np.int64]:
-    """Of each row of the tiles the row of the matrix; -1 where there is none."""
-    if order == PLAIN:
-        at = np.arange(-(-rows // 16) * 16)
-        return np.where(at < rows, at, -1)
-    half = rows // 2
-    channel = np.arange(-(-half // 8) * 8).reshape(-1, 1, 8)
-    at = channel + np.array([0, half]).reshape(1, 2, 1)
-    return np.where(channel < half, at, -1).reshape(-1)
-
-
 def make_weights(
     device: Device,
     rng: np.random.Generator,
@@ -58,53 +47,24 @@ def make_weights(
     zeros: bool = False,
     order: int = PLAIN,
 ) -> Weights:
-    library = device.library
-    pairs = zeros or group < CHUNK
-    entries = CHUNK // min(group, CHUNK)
-    shape = Shape(rows, inputs, entries, bits // 8, int(pairs), order)
-    sizes = np.zeros(2, np.int64)
-    library.case_sizes(ctypes.byref(shape), ctypes.c_void_p(sizes.ctypes.data))
     low = -(2 ** (bits - 1))
+    scales = PAIRS if zeros or group < CHUNK else BF16
     values = np.zeros((n_experts, rows, inputs))
     table, keep = np.zeros((n_experts, 2), np.uint64), []
     for expert in range(n_experts):
-        q = rng.integers(low, -low, (rows, inputs), dtype=np.int32)
-        n_chunks = -(-inputs // CHUNK)
-        n_groups = n_chunks * CHUNK // min(group, CHUNK)
-        scale = from_bf16(bf16(rng.uniform(0.5, 1.5, (rows, n_groups)) / -low))
-        if group > CHUNK:  # neighbouring chunks share a scale
-            scale = scale[:, np.arange(n_groups) // (group // CHUNK)]
-        zero = np.zeros_like(scale)
-        if zeros:
-            zero = rng.integers(low, -low, scale.shape).astype(np.float32)
-        tiles = np.zeros(sizes[0] // 4, np.uint32)
-        library.case_pack(
-            ctypes.byref(shape), *(ctypes.c_void_p(a.ctypes.data) for a in (q, tiles))
+        n_groups = -(-inputs // group)
+        q = Quantized(
+            rng.integers(low, -low, (rows, inputs), dtype=np.int32),
+            from_bf16(bf16(rng.uniform(0.5, 1.5, (rows, n_groups)) / -low)).astype(np.float32),
+            rng.integers(low, -low, (rows, n_groups)).astype(np.float32) if zeros else None,
+            group,
         )
-        packed = pack_scales(shape, scale, zero)
-        assert packed.nbytes == sizes[1]
-        on_device = [device.put(tiles), device.put(packed)]
+        shape, *packed = pack(device, q, bits=bits, scales=scales, order=order)
+        on_device = [device.put(array) for array in packed]
         keep += on_device
         table[expert] = [memory.address for memory in on_device]
-        of_input = np.arange(inputs) // min(group, CHUNK)
-        values[expert] = (q - zero[:, of_input].astype(np.float64)) * scale[:, of_input]
+        values[expert] = q.dequantised()
     return Weights(shape, values, device, device.put(table), keep)
-
-
-def pack_scales(
-    shape: Shape, scale: NDArray[np.float32], zero: NDArray[np.float32]
-) -> NDArray[Any]:
-    """[row tile][chunk and entry][16 rows], as layout/tiles.h says."""
-    rows = source_rows(shape.rows, shape.order)
-    there = (rows >= 0)[:, None]
-
-    def tiled(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        of_rows = np.where(there, values[np.maximum(rows, 0)], 0)
-        return np.ascontiguousarray(of_rows.reshape(-1, 16, values.shape[1]).swapaxes(1, 2))
-
-    if shape.scales == 0:
-        return bf16(tiled(scale))
-    return np.stack([tiled(scale), tiled(zero)], axis=-1).astype(np.float32)
 
 
 def list_tiles(counts: list[int]) -> NDArray[np.int32]:

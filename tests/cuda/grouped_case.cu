@@ -24,30 +24,6 @@ static TileShape shape_of(const CaseShape& s) {
           static_cast<RowOrder>(s.order)};
 }
 
-// Bytes of tiles and of scales.
-void case_sizes(const CaseShape* s, std::int64_t* sizes) {
-  sizes[0] = shape_of(*s).bytes();
-  sizes[1] = shape_of(*s).all_scale_bytes();
-}
-
-// q: int32 [rows, inputs]. Rows and inputs that are not there are zeros.
-void case_pack(const CaseShape* s, const std::int32_t* q, std::uint32_t* tiles) {
-  const TileShape shape = shape_of(*s);
-  for (int row_tile = 0; row_tile < shape.n_row_tiles(); ++row_tile) {
-    for (int k = 0; k < shape.n_k_tiles(); ++k) {
-      for (int i = 0; i < tile_bytes(shape.bits) / 4; ++i) {
-        *tiles++ = make_word(shape.bits, i, [&](int r, int in_tile) -> std::uint32_t {
-          const int row = source_row(shape, row_tile, r), input = k * kTileInputs + in_tile;
-          const bool is = row < shape.rows && input < shape.inputs;
-          const int value = is ? q[std::int64_t{row} * shape.inputs + input] : 0;
-          return shape.bits == Bits::k4 ? static_cast<std::uint32_t>(value + 8)
-                                        : static_cast<std::uint32_t>(value & 255);
-        });
-      }
-    }
-  }
-}
-
 struct CaseProduct {
   CaseShape shape;
   std::int32_t output, n_visits, hopper, multiprocessors;
