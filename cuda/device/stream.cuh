@@ -302,7 +302,9 @@ class Stream {
         load_shared(loaded, words + (Shape::kBits == Bits::k8 ? pair : pair / 2) * 512);
       }
       std::uint32_t a[2][4];
-      unpack(a, loaded, pair, low.y, high.y);
+      const Zeros zeros = {{zero_pair<Shape::kBits>(low.y), zero_pair<Shape::kBits>(high.y)}};
+      expand<Shape::kBits, kPairs>(a[0], loaded, pair * 2, zeros);
+      expand<Shape::kBits, kPairs>(a[1], loaded, pair * 2 + 1, zeros);
 #pragma unroll
       for (int i = 0; i < Shape::kTokenTiles; ++i) {
         if (i >= n_tiles) break;
@@ -338,43 +340,6 @@ class Stream {
                         (entry * kTileRows + lane() / 4) * 8;
     load_shared(low, at);
     load_shared(high, at + 8 * 8);
-  }
-
-  // The fragments of two k16 steps.
-  __device__ static void unpack(std::uint32_t (&a)[2][4], const uint4& words, int pair,
-                                float zero_low, float zero_high) {
-    if constexpr (Shape::kBits == Bits::k4) {
-      std::uint32_t offset_low = 0x43084308u, offset_high = offset_low;  // 136
-      if constexpr (Shape::kScales == Scales::kPairs) {
-        offset_low = both_bf16(136.0f + zero_low);
-        offset_high = both_bf16(136.0f + zero_high);
-      }
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const std::uint32_t word =
-            pair % 2 == 0 ? (step == 0 ? words.x : words.y) : (step == 0 ? words.z : words.w);
-        a[step][0] = from_int4<0>(word, offset_low);
-        a[step][1] = from_int4<1>(word, offset_high);
-        a[step][2] = from_int4<2>(word, offset_low);
-        a[step][3] = from_int4<3>(word, offset_high);
-      }
-    } else {
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const std::uint32_t first = step == 0 ? words.x : words.z;
-        const std::uint32_t second = step == 0 ? words.y : words.w;
-        a[step][0] = from_int8<0>(first);
-        a[step][1] = from_int8<1>(first);
-        a[step][2] = from_int8<2>(second);
-        a[step][3] = from_int8<3>(second);
-        if constexpr (Shape::kScales == Scales::kPairs) {
-          a[step][0] = subtract_bf16x2(a[step][0], both_bf16(zero_low));
-          a[step][1] = subtract_bf16x2(a[step][1], both_bf16(zero_high));
-          a[step][2] = subtract_bf16x2(a[step][2], both_bf16(zero_low));
-          a[step][3] = subtract_bf16x2(a[step][3], both_bf16(zero_high));
-        }
-      }
-    }
   }
 
   // Adds what was summed without scales, and starts again.

@@ -19,7 +19,7 @@
 
 #include <algorithm>
 
-#include "ops/expand.cuh"
+#include "device/dequant.cuh"
 #include "ops/grouped_finish.cuh"
 
 namespace camelid::cuda {

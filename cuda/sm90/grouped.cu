@@ -43,7 +43,7 @@
 
 #include <algorithm>
 
-#include "ops/expand.cuh"
+#include "device/dequant.cuh"
 #include "ops/grouped_finish.cuh"
 #include "sm90/hopper.cuh"
 
