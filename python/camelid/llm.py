@@ -77,6 +77,7 @@ class LLM:
         device: "auto", "cpu", "cuda" or "cuda:N".
         weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings and router are never made
             smaller than bf16, the head only by `head`.
+            A vision tower stays as stored but for "bf16".
         compute: "exact" multiplies float activations; "fast" int8 ones by INT4 and INT8 weights,
             and bf16 ones by bf16 weights where the processor can; auto is fast from 64 MiB of INT4
             and INT8 weights on.
