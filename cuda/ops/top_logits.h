@@ -1,0 +1,31 @@
+// The best logits of each row, and the sum of all: what sampling needs to know of a vocabulary, in
+// one launch and a few hundred bytes instead of a few hundred thousand.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device/launch.cuh"
+
+namespace camelid::cuda {
+
+constexpr int kMostTop = 128;
+
+// Of one row. Source of the order: the greater first, of equal ones the lower id.
+struct TopLogits {
+  float logits[kMostTop];  // best first
+  std::int32_t tokens[kMostTop];
+  float sum;                // of exp(logit - logits[0]) over the row, in float32 sums of parts
+  std::int32_t n;           // min(kMostTop, vocab)
+  std::int32_t not_finite;  // the first id whose logit is not finite, -1 where all are
+  std::int32_t padding;
+};
+
+std::size_t top_logits_scratch_bytes(int n_rows, int vocab);
+
+// out[n_rows] from logits float32 [n_rows][stride]. `counters`: n_rows of them, 0 between launches.
+// The same bits every time. Waits for nothing.
+void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_rows, int vocab,
+                std::byte* scratch, unsigned* counters, cudaStream_t stream);
+
+}  // namespace camelid::cuda
