@@ -15,7 +15,7 @@ Engine::Engine(ModelConfig config, const EngineOptions& options)
       model_(*backend_, config_, weights_),
       runner_(config_, model_) {
   if (config_.vision) {
-    const KvType kv_type = options_.backend.fast ? KvType::kBf16 : KvType::kF32;
+    const KvType kv_type = options_.backend.fast ? KvType::kBf16 : backend_->widest_kv();
     vision_ = std::make_unique<VisionTower>(*backend_, *config_.vision, config_.dim, kv_type);
   }
   if (options_.page_size < 16 || options_.page_size % 16 != 0) {

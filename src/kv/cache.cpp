@@ -24,6 +24,7 @@ KvPages page_shape(const ModelConfig& config, const KvCacheOptions& options,
 KvCache::KvCache(Backend& backend, const ModelConfig& config, const KvCacheOptions& options)
     : options_(options),
       chunk_(config.chunk),
+      n_heads_(config.n_heads),
       budget_{options.limit_bytes, 0},
       local_(backend, page_shape(config, options, config.n_local_layers()), budget_),
       global_(backend, page_shape(config, options, config.n_layers - config.n_local_layers()),
@@ -123,6 +124,7 @@ void KvCache::plan_spans(KvPlan& plan, std::span<const SequenceSlice> slices, bo
   PagePool& pool = local ? local_ : global_;
   const bool rotate = local ? rotate_local_ : rotate_global_;
   plan.pages = pool.pages();
+  plan.n_heads = n_heads_;
   plan.spans.clear();
   plan.rotation.clear();
   std::int64_t row = 0;

@@ -72,6 +72,7 @@ class KvCache {
 
   KvCacheOptions options_;
   std::int64_t chunk_;  // 0: never freed
+  std::int64_t n_heads_;
   KvBudget budget_;
   PagePool local_;
   PagePool global_;

@@ -21,22 +21,21 @@ class Llama4 {
  public:
   Llama4(Backend& backend, const ModelConfig& config, const Weights& weights);
 
-  // Runs the rows of `plan`, some of whose embeddings `features` replace, and writes float32 logits
-  // [rows.size(), vocab_size] of the given rows.
-  void forward(const StepPlan& plan, std::span<const EmbeddingRun> features,
-               std::span<const std::int32_t> rows, float* logits);
+  // Runs `plan`, some of whose tokens' embeddings `features` replace, and writes float32 logits
+  // [plan.rows.size(), vocab_size].
+  void forward(const StepPlan& plan, std::span<const EmbeddingRun> features, float* logits);
 
   // Bytes of activations a step of `n_tokens` needs beside the backend's own scratch.
   std::size_t workspace_bytes(std::int64_t n_tokens) const;
 
  private:
-  Tensor rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim);
+  Tensor rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim, Role role);
 
   Backend& backend_;
   const ModelConfig& config_;
   const Weights& weights_;
   std::vector<AttentionLayer> attention_;  // [n_layers]
-  Buffer hidden_, normed_, qkv_, attended_, logits_;
+  Buffer hidden_, normed_, qkv_, attended_, last_, logits_;
 };
 
 }  // namespace camelid

@@ -147,6 +147,7 @@ void Weights::load_layer(const LayerSources& sources) {
       experts.routed.push_back(pack_mlp(expert, config_.expert_dim));
     }
     experts.shared = pack_mlp(*sources.shared, config_.expert_dim);
+    backend_.prepare(experts);
     layer.experts = std::move(experts);
   } else {
     if (!sources.dense)

@@ -55,10 +55,11 @@ StepRunner::Wave StepRunner::next_wave(std::span<const StepEntry> entries,
 void StepRunner::run_wave(Wave wave, KvCache& cache) {
   StepPlan plan;
   plan.tokens = wave.tokens;
+  plan.rows = wave.rows;
   plan.query_scale = std::move(wave.query_scale);
   cache.plan(wave.slices, plan);
   logits_.resize(wave.rows.size() * static_cast<std::size_t>(config_.vocab_size));
-  model_.forward(plan, wave.features, wave.rows, logits_.data());
+  model_.forward(plan, wave.features, logits_.data());
   cache.advance(wave.slices);
 }
 
