@@ -55,6 +55,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// 90 for Hopper.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
+  return 10 * major + minor;
+}
+
 // The most bytes of shared memory that a block may ask for.
 inline std::size_t shared_memory_limit() {
   int device = 0, limit = 0;

@@ -43,6 +43,16 @@ inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t b
   check(cudaMemcpyAsync(to, pinned, bytes, cudaMemcpyHostToDevice, stream), "copy to the device");
 }
 
+// To pinned memory, which holds it once the stream was waited for.
+inline void copy_to_host(std::byte* pinned, const std::byte* from, std::size_t bytes,
+                         cudaStream_t stream) {
+  check(cudaMemcpyAsync(pinned, from, bytes, cudaMemcpyDeviceToHost, stream), "copy to the host");
+}
+
+inline void fill_zeros(std::byte* to, std::size_t bytes, cudaStream_t stream) {
+  check(cudaMemsetAsync(to, 0, bytes, stream), "fill with zeros");
+}
+
 // Waits for all work of a stream, and throws where some of it failed.
 inline void finish(cudaStream_t stream) { check(cudaStreamSynchronize(stream), "finish"); }
 

@@ -30,8 +30,8 @@ class Matrix {
   std::size_t bytes = 0;  // resident
 };
 
-// kInt8: each token's keys and values of a head as integers and one scale each.
-enum class KvType : std::uint8_t { kF32, kBf16, kInt8 };
+// kFp8, kInt8: each token's keys and values of a head as numbers of a byte and one scale each.
+enum class KvType : std::uint8_t { kF32, kBf16, kFp8, kInt8 };
 
 // The pages of one kind of layer. A page holds `page_size` consecutive tokens of every layer of the
 // kind; inside a page the order is the backend's (page_bytes() says how large it wants one).
@@ -95,6 +95,10 @@ struct Experts {
   std::shared_ptr<void> prepared;  // what the backend's prepare() keeps of them
 };
 
+// Why linears are stacked. Of gate over up (two of the same size) a backend may mix the rows, since
+// both meet in SwiGLU: only mlp() and experts() take such a matrix.
+enum class Stack : std::uint8_t { kPlain, kGateUp };
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -102,15 +106,19 @@ class Backend {
   virtual std::size_t element_bytes(Role role) const = 0;  // of a Tensor
   // Of a Tensor whose rows products take: from row to row, in elements, at least dim.
   virtual std::int64_t row_stride(std::int64_t dim) const = 0;
-  virtual KvType widest_kv() const = 0;                     // what loses least
-  virtual std::size_t available_bytes() const = 0;          // memory this process may still take
-  virtual Buffer allocate(std::size_t bytes) = 0;           // throws kCapacity
+  virtual KvType widest_kv() const = 0;             // what loses least
+  virtual std::size_t available_bytes() const = 0;  // memory this process may still take
+  virtual Buffer allocate(std::size_t bytes) = 0;   // throws kCapacity
+  // Address space of which only what commit() names takes memory, until discard() does.
+  virtual Buffer reserve(std::size_t bytes) = 0;
+  virtual void commit(void* data, std::size_t bytes) = 0;   // throws kCapacity
   virtual void discard(void* data, std::size_t bytes) = 0;  // contents no longer needed
   virtual std::size_t page_bytes(const KvPages& pages) const = 0;
 
   // Packs a stack of linears; each source keeps its own format where options do not change it.
   virtual std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
-                                       std::span<const PackOptions> options) = 0;
+                                       std::span<const PackOptions> options,
+                                       Stack kind = Stack::kPlain) = 0;
   virtual Buffer upload(std::span<const float> values) = 0;
   // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
   virtual void prepare(Experts& experts) = 0;

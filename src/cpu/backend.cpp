@@ -53,12 +53,14 @@ class CpuBackend final : public Backend {
   KvType widest_kv() const override { return KvType::kF32; }
   std::size_t available_bytes() const override { return available_memory(); }
   Buffer allocate(std::size_t bytes) override { return {map_memory(bytes), bytes}; }
+  Buffer reserve(std::size_t bytes) override { return allocate(bytes); }
+  void commit(void*, std::size_t) override {}  // untouched pages cost nothing
   void discard(void* data, std::size_t bytes) override { discard_memory(data, bytes); }
   std::size_t page_bytes(const KvPages& pages) const override {
     return static_cast<std::size_t>(pages.n_layers * pages.n_kv_heads) * kv_head_bytes(pages);
   }
   std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
-                               std::span<const PackOptions> options) override {
+                               std::span<const PackOptions> options, Stack) override {
     return pack_matrix(stack, options, work_.kernels, work_.pool);
   }
   Buffer upload(std::span<const float> values) override {

@@ -41,6 +41,7 @@ enum class Copies { kLate, kEarly, kRandom };
 
 struct Machine {
   int n_multiprocessors = 5;
+  int compute_capability = 90;
   std::uint64_t seed = 0;
   std::mt19937 random;
 
@@ -514,6 +515,7 @@ void fail_here(const Where& where, const std::string& message) {
 }
 
 int multiprocessors() { return machine.n_multiprocessors; }
+int compute_capability() { return machine.compute_capability; }
 
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes) {
   const std::size_t by_shared = kSharedPerMultiprocessor / (shared_bytes + kSharedOfSystem);
@@ -539,6 +541,7 @@ void emulated_seed(std::uint64_t seed) {
 }
 
 void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
+void emulated_compute_capability(int capability) { machine.compute_capability = capability; }
 
 void* device_alloc(std::size_t bytes) {
   GuardedBytes memory("device memory", bytes, kDeviceGuard);

@@ -171,6 +171,7 @@ std::string place(const Where& where);
 [[noreturn]] void fail_here(const Where& where, const std::string& message);
 
 int multiprocessors();
+int compute_capability();
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
 
 }  // namespace camelid::cuda::emulated
@@ -182,6 +183,7 @@ const char* device_error();
 // late as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
 void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
+void emulated_compute_capability(int capability);  // 90 unless told otherwise
 void* device_alloc(std::size_t bytes);
 int device_free(void* memory);
 int device_copy(void* to, const void* from, std::size_t bytes);

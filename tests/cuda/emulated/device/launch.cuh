@@ -124,6 +124,8 @@ inline void check(cudaError_t, const char*) {}
 
 inline std::size_t shared_memory_limit() { return 227 * 1024; }
 
+inline int compute_capability() { return emulated::compute_capability(); }
+
 inline int multiprocessors() { return emulated::multiprocessors(); }
 
 template <typename... Parameters>

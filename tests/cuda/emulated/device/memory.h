@@ -35,6 +35,15 @@ inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t b
   emulated::submit([=] { std::memcpy(to, pinned, bytes); }, true);
 }
 
+inline void copy_to_host(std::byte* pinned, const std::byte* from, std::size_t bytes,
+                         cudaStream_t) {
+  emulated::submit([=] { std::memcpy(pinned, from, bytes); }, true);
+}
+
+inline void fill_zeros(std::byte* to, std::size_t bytes, cudaStream_t) {
+  emulated::submit([=] { std::memset(to, 0, bytes); }, true);
+}
+
 inline void finish(cudaStream_t) { emulated::finish_work(emulated::n_submitted()); }
 
 class Event {
