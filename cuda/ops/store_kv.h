@@ -27,7 +27,8 @@ struct StoreKv {
 };
 
 // All in float32 until the one rounding at the end. e4m3 and int8 rows: scale = largest magnitude /
-// 448 or / 127, 1 where all are zero; round to nearest even. Waits for nothing.
+// 448 or / 127; round to nearest even. Heads below 2^-100 are stored as zeros, with scale 1. Where a
+// value is not finite the scale is NaN. Waits for nothing.
 void store_kv(const StoreKv& call, cudaStream_t stream);
 
 }  // namespace camelid::cuda
