@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "layout/e4m3.h"
 
 namespace camelid::cuda {
 
@@ -159,6 +160,9 @@ inline void load_matrices(std::uint32_t (&r)[4], unsigned row,
 
 inline std::uint32_t pack_bf16x2(float low, float high) {
   return emulated::round_bf16(high) << 16 | emulated::round_bf16(low);
+}
+inline std::uint32_t pack_e4m3x2(float low, float high) {
+  return to_e4m3(high) << 8 | to_e4m3(low);
 }
 inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   return pack_bf16x2(low_bf16(a) - low_bf16(b), high_bf16(a) - high_bf16(b));
