@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "backend/cuda.h"
 #include "base/arena.h"
 #include "base/error.h"
 #include "base/threads.h"
@@ -27,9 +28,10 @@ using IntArray = py::array_t<std::int32_t, py::array::c_style>;
 KvType to_kv_type(const std::string& name) {
   if (name == "f32") return KvType::kF32;
   if (name == "bf16") return KvType::kBf16;
+  if (name == "fp8") return KvType::kFp8;
   if (name == "int8") return KvType::kInt8;
   fail(ErrorCode::kUnsupported, "[options] kv_cache=\"", name,
-       "\" is not supported by this build, expected auto, f32, bf16 or int8.");
+       "\" is not supported by this build, expected auto, f32, bf16, fp8 or int8.");
 }
 
 std::unique_ptr<Engine> make_engine(const py::object& config, const std::string& device,
@@ -268,10 +270,12 @@ void bind_engine(py::module_& m) {
       .def("kv_tokens_in", &Engine::kv_tokens_in, py::arg("n_bytes"))
       .def("memory", &memory)
       .def("describe", &Engine::describe)
+      .def("available_bytes", &Engine::available_bytes)
       .def("check_invariants", &Engine::check_invariants, Release());
   m.def("quantize", &quantize, py::arg("source"), py::arg("bits"), py::arg("group_size"),
         py::arg("threads") = 0);
   m.def("available_memory", &available_memory);
+  m.def("cuda_available", &cuda_available);
   m.def("default_threads", &default_threads);
 }
 

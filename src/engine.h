@@ -68,6 +68,7 @@ class Engine {
   std::int64_t kv_tokens_in(std::size_t bytes) const { return cache().tokens_in(bytes); }
   MemoryReport memory() const;
   std::string describe() const { return backend_->describe(); }
+  std::size_t available_bytes() const { return backend_->available_bytes(); }
   const ModelConfig& config() const { return config_; }
   void check_invariants() const;
 

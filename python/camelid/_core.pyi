@@ -87,6 +87,7 @@ class Engine:
     def memory(self) -> dict[str, int]: ...
     """weight_bytes, workspace_bytes, kv_limit_bytes, kv_used_bytes, page_size"""
     def describe(self) -> str: ...
+    def available_bytes(self) -> int: ...  # of the device, that this process may still take
     def check_invariants(self) -> None: ...
 
 def quantize(
@@ -96,6 +97,9 @@ def quantize(
 
 def resize_image(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     """Fill `out` with `pixels`, both [height, width, 3]; rows may lie apart in either."""
+
+def cuda_available() -> bool:
+    """Whether this build has the CUDA backend, and this machine a GPU for it."""
 
 def available_memory() -> int:
     """Bytes this process may still take: the machine's or its cgroup's, whichever is less."""

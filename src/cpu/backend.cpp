@@ -57,6 +57,9 @@ class CpuBackend final : public Backend {
   void commit(void*, std::size_t) override {}  // untouched pages cost nothing
   void discard(void* data, std::size_t bytes) override { discard_memory(data, bytes); }
   std::size_t page_bytes(const KvPages& pages) const override {
+    if (pages.type == KvType::kFp8) {
+      fail(ErrorCode::kUnsupported, "[cpu] kv_cache=\"fp8\" is for GPUs; int8 is as small here.");
+    }
     return static_cast<std::size_t>(pages.n_layers * pages.n_kv_heads) * kv_head_bytes(pages);
   }
   std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
