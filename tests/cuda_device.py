@@ -22,6 +22,12 @@ from emulated_build import ROOT, build, explain
 LIBRARY = "CAMELID_GPU_LIBRARY"
 CASES = ("tests/cuda/ops.cu", "tests/cuda/pack.cu", "tests/cuda/grouped_case.cu",
          "tests/cuda/rows_case.cu")  # fmt: skip
+CASES = (
+    "tests/cuda/ops.cu",
+    "tests/cuda/pack.cu",
+    "tests/cuda/grouped_case.cu",
+    "tests/cuda/attention_case.cu",
+)
 # What of cuda/sm90/ the emulated device can run: all but CUTLASS.
 HOPPER = ("cuda/sm90/grouped.cu",)
 

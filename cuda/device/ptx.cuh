@@ -26,6 +26,12 @@ __device__ inline void load_shared(float2& value, unsigned from) {
                : "r"(from)
                : "memory");
 }
+__device__ inline void load_shared(uint2& value, unsigned from) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(from)
+               : "memory");
+}
 __device__ inline void load_shared(std::uint16_t& value, unsigned from) {
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(value) : "r"(from) : "memory");
 }
@@ -90,6 +96,23 @@ __device__ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
   load_matrices(r, shared_address(row));
 }
 
+// The same, transposed on the way: r[m] of lane l becomes the pair at rows 2 (l % 4).. of column
+// l / 4 of matrix m.
+__device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+// a * b of two bf16 pairs, subnormal ones too. Before Hopper there is only a * b + c, and with -0
+// for c it is the same.
+__device__ inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
+  return result;
+}
+
 // a - b of two bf16 pairs.
 __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t result;
@@ -107,6 +130,12 @@ __device__ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask,
   std::uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
   return result;
+}
+
+// Four of the eight bytes of a (0 to 3) and b (4 to 7), as the selector's digits name them.
+__device__ inline std::uint32_t select_bytes(std::uint32_t a, std::uint32_t b,
+                                             std::uint32_t selector) {
+  return __byte_perm(a, b, selector);
 }
 
 // Two float32 rounded to a bf16 pair, `low` in the low half.
@@ -131,6 +160,11 @@ __device__ inline float high_bf16(std::uint32_t pair) {
 }
 
 __device__ inline float exp_fast(float x) { return __expf(x); }
+__device__ inline float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
 // a / b to 2 ulp; 0 where b is above 2^126.
 __device__ inline float divide_fast(float a, float b) { return __fdividef(a, b); }
 

@@ -43,6 +43,10 @@ inline void load_shared(float2& value, unsigned from,
                         emulated::Where where = emulated::Where::current()) {
   emulated::load_shared(value, from, where);
 }
+inline void load_shared(uint2& value, unsigned from,
+                        emulated::Where where = emulated::Where::current()) {
+  emulated::load_shared(value, from, where);
+}
 inline void load_shared(std::uint16_t& value, unsigned from,
                         emulated::Where where = emulated::Where::current()) {
   emulated::load_shared(value, from, where);
@@ -143,6 +147,20 @@ UNWATCHED inline void load_rows(void* const* lanes) {
   }
 }
 
+UNWATCHED inline void load_columns(void* const* lanes) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const MatrixRow& mine = *static_cast<const MatrixRow*>(lanes[lane]);
+    for (int m = 0; m < 4; ++m) {
+      for (int half = 0; half < 2; ++half) {
+        const int row = lane % 4 * 2 + half;
+        const auto* from = static_cast<const MatrixRow*>(lanes[8 * m + row])->row;
+        std::memcpy(reinterpret_cast<std::byte*>(mine.r + m) + half * 2,
+                    static_cast<const std::byte*>(from) + lane / 4 * 2, 2);
+      }
+    }
+  }
+}
+
 }  // namespace emulated
 
 inline void load_matrices(std::uint32_t (&r)[4], const void* row,
@@ -158,6 +176,15 @@ inline void load_matrices(std::uint32_t (&r)[4], unsigned row,
   load_matrices(r, emulated::at_shared(row), where);
 }
 
+inline void load_matrices_transposed(std::uint32_t (&r)[4], unsigned address,
+                                     emulated::Where where = emulated::Where::current()) {
+  const void* row = emulated::at_shared(address);
+  emulated::check_shared("load_matrices_transposed", row, 16, where);
+  if (emulated::watched) emulated::report(row, 16, false, emulated::code_here());
+  emulated::MatrixRow mine{row, r};
+  emulated::meet_warp("load_matrices_transposed", where, &mine, emulated::load_columns);
+}
+
 inline std::uint32_t pack_bf16x2(float low, float high) {
   return emulated::round_bf16(high) << 16 | emulated::round_bf16(low);
 }
@@ -167,11 +194,24 @@ inline std::uint32_t pack_e4m3x2(float low, float high) {
 inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   return pack_bf16x2(low_bf16(a) - low_bf16(b), high_bf16(a) - high_bf16(b));
 }
+inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
+  return pack_bf16x2(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
+}
+inline std::uint32_t select_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  const std::uint64_t bytes = std::uint64_t{b} << 32 | a;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int from = static_cast<int>(selector >> (4 * i) & 7);
+    result |= static_cast<std::uint32_t>(bytes >> (8 * from) & 0xff) << (8 * i);
+  }
+  return result;
+}
 inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint32_t bits) {
   return (value & mask) | bits;
 }
 
 inline float exp_fast(float x) { return std::exp(x); }
+inline float exp2_fast(float x) { return std::exp2(x); }
 inline float divide_fast(float a, float b) { return a / b; }
 
 // ---- memory that blocks share ----
