@@ -13,6 +13,13 @@ namespace camelid::cuda {
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
+// The same value; what is computed from it is computed after this. Compilers would do it before a
+// loop, and keep dozens of addresses in registers.
+template <typename T>
+__device__ __forceinline__ T not_before(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 __device__ inline void load_shared(uint4& value, unsigned from) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -23,6 +30,11 @@ __device__ inline void load_shared(float2& value, unsigned from) {
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];\n"
                : "=f"(value.x), "=f"(value.y)
                : "r"(from)
+               : "memory");
+}
+__device__ inline void store_shared(unsigned to, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
                : "memory");
 }
 __device__ inline void load_shared(std::uint16_t& value, unsigned from) {
@@ -89,6 +101,25 @@ __device__ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
   load_matrices(r, shared_address(row));
 }
 
+// The same, but r[m] of lane l becomes the pair at rows 2 (l % 4).. of column l / 4 of matrix m.
+__device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+// a * b of two bf16 pairs.
+__device__ inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t result;
+#if __CUDA_ARCH__ >= 900
+  asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(result) : "r"(a), "r"(b));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
+#endif
+  return result;
+}
+
 // a - b of two bf16 pairs.
 __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t result;
@@ -108,6 +139,13 @@ __device__ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask,
   return result;
 }
 
+// Of the eight bytes of low and high, numbered from low's lowest, four: the lowest digit of
+// `selector` names the lowest byte.
+__device__ inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high,
+                                             std::uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
 // Two float32 rounded to a bf16 pair, `low` in the low half.
 __device__ inline std::uint32_t pack_bf16x2(float low, float high) {
   std::uint32_t result;
@@ -120,6 +158,12 @@ __device__ inline float high_bf16(std::uint32_t pair) {
 }
 
 __device__ inline float exp_fast(float x) { return __expf(x); }
+// 2^x to 2 ulp; what is below 2^-126 becomes 0.
+__device__ inline float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
 // a / b to 2 ulp; 0 where b is above 2^126.
 __device__ inline float divide_fast(float a, float b) { return __fdividef(a, b); }
 
