@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from emulated_build import ROOT, build, explain
 
 LIBRARY = "CAMELID_GPU_LIBRARY"
-CASES = ("tests/cuda/ops.cu", "tests/cuda/pack.cu", "tests/cuda/grouped_case.cu",
-         "tests/cuda/rows_case.cu")  # fmt: skip
 CASES = (
     "tests/cuda/ops.cu",
     "tests/cuda/pack.cu",
     "tests/cuda/grouped_case.cu",
+    "tests/cuda/rows_case.cu",
     "tests/cuda/attention_case.cu",
+    "tests/cuda/attention_many_case.cu",
 )
 # What of cuda/sm90/ the emulated device can run: all but CUTLASS.
 HOPPER = ("cuda/sm90/grouped.cu",)

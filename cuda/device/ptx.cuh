@@ -14,6 +14,13 @@ namespace camelid::cuda {
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
+// The same value; what is computed from it is computed after this. Compilers would do it before a
+// loop, and keep dozens of addresses in registers.
+template <typename T>
+__device__ __forceinline__ T not_before(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 __device__ inline void load_shared(uint4& value, unsigned from) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -30,6 +37,11 @@ __device__ inline void load_shared(uint2& value, unsigned from) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n"
                : "=r"(value.x), "=r"(value.y)
                : "r"(from)
+               : "memory");
+}
+__device__ inline void store_shared(unsigned to, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
                : "memory");
 }
 __device__ inline void load_shared(std::uint16_t& value, unsigned from) {

@@ -19,6 +19,11 @@ inline unsigned shared_address(const void* pointer,
   return kSharedBase + static_cast<unsigned>(shared.offset_of(pointer));
 }
 
+template <typename T>
+T not_before(T value) {
+  return value;
+}
+
 namespace emulated {
 
 inline std::byte* at_shared(unsigned address) {
@@ -46,6 +51,13 @@ inline void load_shared(float2& value, unsigned from,
 inline void load_shared(uint2& value, unsigned from,
                         emulated::Where where = emulated::Where::current()) {
   emulated::load_shared(value, from, where);
+}
+inline void store_shared(unsigned to, const uint4& value,
+                         emulated::Where where = emulated::Where::current()) {
+  std::byte* pointer = emulated::at_shared(to);
+  emulated::check_shared("store_shared", pointer, sizeof value, where);
+  if (emulated::watched) emulated::report(pointer, sizeof value, true, emulated::code_here());
+  std::memcpy(pointer, &value, sizeof value);
 }
 inline void load_shared(std::uint16_t& value, unsigned from,
                         emulated::Where where = emulated::Where::current()) {
@@ -211,7 +223,7 @@ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint3
 }
 
 inline float exp_fast(float x) { return std::exp(x); }
-inline float exp2_fast(float x) { return std::exp2(x); }
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float divide_fast(float a, float b) { return a / b; }
 
 // ---- memory that blocks share ----

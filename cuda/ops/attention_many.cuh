@@ -1,0 +1,59 @@
+// What the kernels of attention of many queries share, here and on Hopper: which keys a query of a
+// tile sees, where it and its result lie, and in which pages keys lie. No arithmetic on values.
+#pragma once
+
+#include "device/ptx.cuh"
+#include "ops/attention.h"
+
+namespace camelid::cuda {
+
+constexpr int kKeyGroup = 16;  // neighbours in one page, since page_size is a multiple of it
+constexpr int kTileGroups = kKeyTile / kKeyGroup;
+
+// A tile of queries and a kv head, whose rows are numbered from 0 on.
+struct QueryTile {
+  const Attention& call;
+  std::int32_t number;  // of the item, which is read where it lies: registers are short
+  std::int32_t kv_head;
+  std::int32_t group;  // query heads of a kv head
+
+  // Heads outermost: blocks that run at the same time share a head's keys in L2.
+  __device__ QueryTile(const Attention& call_, int job, int n_items)
+      : call(call_),
+        number(job % n_items),
+        kv_head(job / n_items),
+        group(call_.n_heads / call_.pool.shape.n_kv_heads) {}
+
+  __device__ const AttentionItem& item() const { return call.items[number]; }
+  // Where row r is in q or y, given their stride.
+  __device__ std::int64_t place(int r, std::int64_t stride) const {
+    const int query = item().first_query + r;
+    const int head = kv_head * group + query % group;
+    return (item().first_row + query / group) * stride + head * call.pool.shape.head_dim;
+  }
+  // One past the last key that row r sees, never less than the row before; rows behind the tile see
+  // what its last does.
+  __device__ int limit(int r) const {
+    if (!call.causal) return item().last_key;
+    const int query = item().first_query + min(r, item().n_queries - 1);
+    return min(item().last_key, item().first_index + query / group + 1);
+  }
+};
+
+// Where kKeyGroup keys lie.
+struct KeyPlace {
+  std::int32_t page;
+  std::int32_t slot;  // the first one's
+};
+
+// Of the keys from `key` on, a multiple of kKeyGroup. Nothing is read for keys past the item's.
+__device__ inline KeyPlace find_keys(const Attention& call, const AttentionItem& item, int key) {
+  const int page_size = call.pool.shape.page_size;
+  if (key >= item.last_key) return {0, 0};
+  return {call.page_table[item.page_list + key / page_size], key % page_size};
+}
+
+// Throws where `call` cannot be; ops/attention.h.
+void check_attend_many(const Attention& call, int n_items);
+
+}  // namespace camelid::cuda
