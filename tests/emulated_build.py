@@ -82,9 +82,10 @@ def build_core() -> Path:
     bindings = sorted((built / "CMakeFiles" / "_core.dir" / "csrc").glob("*.o"))
     if not engine.exists() or not bindings:
         pytest.skip(f"the engine's objects are not in {built}: run make test")
-    cuda = [ROOT / "cuda", ROOT / "cuda" / "ops", ROOT / "cuda" / "sm90"]
-    sources = [path for folder in cuda for path in sorted(folder.glob("*.cu"))]
-    sources = [path for path in sources if not path.name.startswith("matmul_dense")]
+    cuda = ROOT / "cuda"
+    sources = [*sorted(cuda.glob("host/*.cu")), *sorted(cuda.glob("ops/*.cu"))]
+    # Of sm90/ those that are not CUTLASS's.
+    sources += [path for path in sorted(cuda.glob("sm90/*.cu")) if "matmul" not in path.name]
     sources.append(EMULATOR / "no_cutlass.cpp")
     objects = _compile_all([str(path.relative_to(ROOT)) for path in sources], watch=False)
     inputs = [*objects, *bindings, engine]

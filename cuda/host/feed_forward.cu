@@ -1,4 +1,4 @@
-#include "feed_forward.h"
+#include "host/feed_forward.h"
 
 #include <algorithm>
 #include <cstring>

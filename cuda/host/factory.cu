@@ -1,11 +1,11 @@
 // Finds the GPU that was asked for, and answers whether there is one this build can use.
 #include <memory>
 
-#include "backend.h"
 #include "backend/cuda.h"
 #include "base/error.h"
 #include "base/threads.h"
 #include "device/gpu.h"
+#include "host/cuda_backend.h"
 
 namespace camelid {
 

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "backend/backend.h"
+#include "host/products.h"
 #include "ops/experts_few.h"
 #include "ops/route_many.h"
-#include "products.h"
 
 namespace camelid::cuda {
 

@@ -6,7 +6,7 @@
 
 #include "base/tensor.h"
 #include "device/growing.h"
-#include "matrix.h"
+#include "host/matrix.h"
 #include "ops/grouped.h"
 #include "ops/matmul_few.h"
 

@@ -13,10 +13,10 @@
 #include "device/memory.h"
 #include "device/reservation.h"
 #include "device/uploader.h"
-#include "feed_forward.h"
+#include "host/feed_forward.h"
+#include "host/products.h"
+#include "host/step_arrays.h"
 #include "ops/rows.h"
-#include "products.h"
-#include "step_arrays.h"
 
 namespace camelid::cuda {
 

@@ -1,4 +1,4 @@
-#include "step_arrays.h"
+#include "host/step_arrays.h"
 
 #include <algorithm>
 #include <cstring>

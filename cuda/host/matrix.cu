@@ -1,4 +1,4 @@
-#include "matrix.h"
+#include "host/matrix.h"
 
 #include <algorithm>
 #include <cstring>

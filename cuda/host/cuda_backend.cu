@@ -1,4 +1,4 @@
-#include "backend.h"
+#include "host/cuda_backend.h"
 
 #include <cstring>
 #include <utility>

@@ -1,4 +1,4 @@
-#include "products.h"
+#include "host/products.h"
 
 #include "ops/matmul_plain.h"
 #include "sm90/grouped.h"
