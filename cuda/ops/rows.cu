@@ -86,7 +86,7 @@ template <bool kCentred, int kFours>
 __global__ void __launch_bounds__(kMostThreads) norm_kernel(const Norm call) {
   let_next_kernel_start();
   auto* of_warps = reinterpret_cast<float*>(shared_memory());
-  const auto n = static_cast<float>(call.x.dim);
+  const float share = 1.0f / static_cast<float>(call.x.dim);  // here, where nobody waits for it
   const Line y = row_of(call.y, block_index());
   Mine<kCentred, kFours> mine;
   mine.x = row_of(call.x, block_index());
@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kMostThreads) norm_kernel(const Norm call) {
   mine.load_row();
   float mean = 0.0f;
   if constexpr (kCentred) {
-    mean = mine.sum([](float v) { return v; }, of_warps + kWarp) / n;
+    mean = mine.sum([](float v) { return v; }, of_warps + kWarp) * share;
   }
   const auto square = [&](float v) { return (v - mean) * (v - mean); };
-  const float inverse = 1.0f / sqrtf(mine.sum(square, of_warps) / n + call.eps);
+  const float inverse = 1.0f / sqrtf(mine.sum(square, of_warps) * share + call.eps);
   mine.each([&](int column, const Four& v, const Four& gain, const Four& bias) {
     Four result;
 #pragma unroll
