@@ -2,19 +2,19 @@
 
 // ---- layout ----
 //
-//   row     | group 0 | group 1 | ..    up to 4096 groups of 64 logits (of a multiple of 64 where the
+//   row     | group 0 | group 1 | ..    up to 4096 groups of 64 logits (of 128, 256.. where the
 //                                       vocabulary has more than 262,144)
 //   slice   32 neighbouring groups, a half-warp for each: its largest logit, and for each warp the
 //           sum of exp(logit - the largest of its two groups)
-//   block   one slice of a row; of many rows up to four, whose reads it has under way at once
+//   block   one slice of a row, or up to eight where there are many rows
 //   merge   the row's last block to come. Of the groups those that may hold one of the best 128:
 //           as many at least have a largest logit as good as theirs. Of their logits, read once
 //           more, those as good; of these the best 128 by counting for each how many are better.
 //
 // No block selects anything before the last, and that looks at about 140 groups and logits: a
-// histogram of the groups' largest, between bounds that are known from maxima of maxima, finds
-// where the best end. One row is bound by latency: 800 KB of L2 or DRAM by all multiprocessors, then
-// two reads and about ten meetings of one block.
+// histogram of the groups' largest, between bounds known from maxima of maxima, finds where the
+// best end. One row is bound by latency: 800 KB of L2 or DRAM by all multiprocessors, then two
+// reads and about ten meetings of one block.
 //
 // Everything is compared as 64-bit keys, no two of them equal: the logit's bits so that integers
 // order them, then its id's complement. So there are no ties, and the order in which threads find
@@ -45,7 +45,8 @@ constexpr int kMostVocab = 1 << 30;  // columns past the end stay below 2^31
 constexpr int kBinBits = 11;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kMostKeys = 256;  // candidates that are counted against each other
-constexpr int kAtOnce = 4;  // reads of a thread that are under way, and slices of a block at most
+constexpr int kAtOnce = 4;      // reads of chosen groups that are under way
+constexpr int kMostSlices = 8;  // of a block
 constexpr int kNone = 0x7fffffff;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -60,6 +61,7 @@ struct Shape {
   std::int32_t n_groups;  // of a row
   std::int32_t n_slices;  // of a row
   std::int32_t slices;    // of a block
+  std::int32_t n_blocks;  // of a row
 };
 
 // What the blocks of a row leave in its scratch.
@@ -148,18 +150,19 @@ __device__ void sum_up(const Shape& shape, const Line& logits, const Parts& part
   if (thread_index() % kWarp == 0) parts.sums[group / 2] = sum;
 }
 
-// The block's slices from `first` on.
+// The block's slices from `first` on. The next is read before one is summed up.
 __device__ void sum_up(const Shape& shape, const Line& logits, const Parts& parts, int first) {
-  const int n = min(shape.slices, shape.n_slices - first);
-  Four fours[kAtOnce];
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) {
-    const int group = (first + i) * kSliceGroups + thread_index() / kHalf;
-    fours[i] = load_four(logits, i < n ? column_of(shape, group) : shape.vocab);
-  }
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) {
-    if (i < n) sum_up(shape, logits, parts, first + i, fours[i]);
+  const int last = min(first + shape.slices, shape.n_slices);
+  const auto load = [&](int slice) {
+    const int group = slice * kSliceGroups + thread_index() / kHalf;
+    return load_four(logits, slice < last ? column_of(shape, group) : shape.vocab);
+  };
+  Four next = load(first);
+#pragma unroll 1
+  for (int slice = first; slice < last; ++slice) {
+    const Four four = next;
+    next = load(slice + 1);
+    sum_up(shape, logits, parts, slice, four);
   }
 }
 
@@ -229,8 +232,8 @@ __device__ int shift_of(Key difference) {
 }
 
 // A key down to which there are kMostTop at least and `most` at most, or all from `low` on where
-// they are fewer. each(visit) calls visit(key), in all threads together for all keys there are; at
-// least kMostTop (or all) of them are from `low` on, and none is above `high`. Bins are empty before
+// they are fewer. each(visit) calls visit(key), in all threads together for all keys there are.
+// From `low` on there are kMostTop at least (or all), and above `high` none. Bins are empty before
 // and after. Keys differ, so the bins of a later round hold fewer, in the end one each.
 template <class Each>
 __device__ Key find_floor(Merge& merge, Key low, Key high, unsigned most, const Each& each) {
@@ -445,16 +448,16 @@ __device__ void merge_row(Merge& merge, const Shape& shape, const Line& logits, 
   }
   sum = sum_of_warp(sum);
   if (lane == 0) merge.sums[warp] = sum;
-  const Key floor = choose_groups(merge, shape, mine, bounds);
-  collect(merge, shape, logits, floor);
-  if (merge.n_keys > kMostKeys) {
+  Key floor = choose_groups(merge, shape, mine, bounds);
+#pragma unroll 1
+  for (;;) {
+    collect(merge, shape, logits, floor);
+    if (merge.n_keys <= kMostKeys) break;
     const Key high = Key{bounds.high} << 32 | 0xffffffffu;
-    const Key higher = find_floor(merge, floor, high, kMostKeys, [&](const auto& visit) {
-      each_chosen(merge, shape, logits, visit);
-    });
+    floor = find_floor(merge, floor, high, kMostKeys,
+                       [&](const auto& visit) { each_chosen(merge, shape, logits, visit); });
     if (thread_index() == 0) merge.n_keys = 0;
     sync_block();
-    collect(merge, shape, logits, higher);
   }
   rank(merge, merge.better, out);
   if (warp == 0) write_facts(shape, out, sum_of_warp(lane < kWarps ? merge.sums[lane] : 0.0f), -1);
@@ -467,12 +470,11 @@ __global__ void __launch_bounds__(kThreads, 2)
                       unsigned* counters) {
   let_next_kernel_start();
   Merge& merge = *reinterpret_cast<Merge*>(shared_memory());
-  const int n_blocks = divide_up(shape.n_slices, shape.slices);  // of a row
-  const int row = block_index() / n_blocks;
+  const int row = block_index() / shape.n_blocks;
   const Line line = line_of(const_cast<float*>(logits), row * shape.stride, shape.vocab, false);
   const Parts parts = parts_of(shape, scratch, row);
   wait_for_previous_kernel();
-  sum_up(shape, line, parts, block_index() % n_blocks * shape.slices);
+  sum_up(shape, line, parts, (block_index() - row * shape.n_blocks) * shape.slices);
   sync_block();
   if (thread_index() == 0) {
     fence_blocks();  // what the whole block wrote: it met before
@@ -480,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     fence_blocks();
   }
   sync_block();
-  if (merge.arrived != static_cast<unsigned>(n_blocks) - 1) return;
+  if (merge.arrived != static_cast<unsigned>(shape.n_blocks) - 1) return;
   if (thread_index() == 0) counters[row] = 0;
   merge_row(merge, shape, line, parts, out[row]);
 }
@@ -488,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // ---- choose and launch ----
 
 Shape shape_of(std::int64_t stride, int n_rows, int vocab) {
-  Shape shape{stride, n_rows, vocab, kChunk, 0, 0, 0, 1};
+  Shape shape{stride, n_rows, vocab, kChunk, 0, 0, 0, 1, 0};
   while (divide_up(vocab, shape.group) > kMostGroups) shape.group = kChunk << ++shape.chunk_shift;
   shape.n_groups = divide_up(vocab, shape.group);
   shape.n_slices = divide_up(shape.n_groups, kSliceGroups);
@@ -500,7 +502,7 @@ Shape shape_of(std::int64_t stride, int n_rows, int vocab) {
 int slices_of_block(const Shape& shape) {
   const std::int64_t enough = std::int64_t{multiprocessors()} * 2;
   const std::int64_t slices = std::int64_t{shape.n_rows} * shape.n_slices / enough;
-  return static_cast<int>(std::clamp<std::int64_t>(slices, 1, kAtOnce));
+  return static_cast<int>(std::clamp<std::int64_t>(slices, 1, kMostSlices));
 }
 
 void require(bool holds, const char* wanted) {
@@ -521,10 +523,10 @@ void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_
   require(reinterpret_cast<std::uintptr_t>(scratch) % 16 == 0, "scratch is aligned to 16 bytes");
   Shape shape = shape_of(stride, n_rows, vocab);
   shape.slices = slices_of_block(shape);
-  const int n_blocks = divide_up(shape.n_slices, shape.slices);
-  require(std::int64_t{n_rows} * n_blocks < kNone, "fewer rows are taken at once");
+  shape.n_blocks = divide_up(shape.n_slices, shape.slices);
+  require(std::int64_t{n_rows} * shape.n_blocks < kNone, "fewer rows are taken at once");
   Launch how;
-  how.blocks = n_rows * n_blocks;
+  how.blocks = n_rows * shape.n_blocks;
   how.threads = kThreads;
   how.shared_bytes = sizeof(Merge);
   how.stream = stream;
