@@ -195,6 +195,7 @@ void store_kv(const StoreKv& call, cudaStream_t stream) {
   how.blocks = static_cast<int>((n_warps + kWarps - 1) / kWarps);
   how.threads = kWarps * kWarp;
   how.stream = stream;
+  how.overlaps = true;
   launch("store_kv", store_kv_kernel, how, call);
 }
 

@@ -530,6 +530,7 @@ void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_
   how.threads = kThreads;
   how.shared_bytes = sizeof(Merge);
   how.stream = stream;
+  how.overlaps = true;
   launch("top_logits", top_logits_kernel, how, out, logits, shape, scratch, counters);
 }
 
