@@ -13,7 +13,7 @@ Engine::Engine(ModelConfig config, const EngineOptions& options)
       backend_(make_backend(options.backend)),
       weights_(*backend_, config_, {options.weights, options.int8_head}, options.on_packed),
       model_(*backend_, config_, weights_),
-      runner_(config_, model_) {
+      runner_(config_, model_, *backend_) {
   if (config_.vision) {
     const KvType kv_type = options_.backend.fast ? KvType::kBf16 : backend_->widest_kv();
     vision_ = std::make_unique<VisionTower>(*backend_, *config_.vision, config_.dim, kv_type);

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "ops/attention.h"
 #include "ops/store_kv.h"
+#include "ops/top_logits.h"
 
 namespace camelid::cuda {
 namespace {
@@ -267,6 +268,38 @@ void CudaBackend::upload_rows(Tensor y, const float* rows) {
   }
   const Tensor staged{to, y.n_rows, y.dim, y.dim, Role::kSum};
   copy_rows(rows_of(y), rows_of(staged), nullptr, gpu_.stream);
+}
+
+void CudaBackend::find_top(Tensor logits) {
+  top_rows_ = static_cast<std::int32_t>(logits.n_rows);
+  const auto vocab = static_cast<std::int32_t>(logits.dim);
+  const auto n_rows = static_cast<std::size_t>(logits.n_rows);
+  const std::size_t bytes = n_rows * sizeof(TopLogits);
+  auto* found = reinterpret_cast<TopLogits*>(top_.at_least(bytes));
+  std::byte* scratch = top_scratch_.at_least(top_logits_scratch_bytes(top_rows_, vocab));
+  auto* counters = reinterpret_cast<unsigned*>(
+      top_counters_.at_least_zeroed(n_rows * sizeof(unsigned), gpu_.stream));
+  top_logits(found, static_cast<const float*>(logits.data), logits.row_stride,
+             step_.sampling_scale(), top_rows_, vocab, scratch, counters, gpu_.stream);
+}
+
+std::vector<camelid::TopLogits> CudaBackend::top() {
+  use();
+  if (top_capacity_ < step_.n_rows()) {
+    top_capacity_ = step_.n_rows();
+    top_on_host_ = allocate_pinned(static_cast<std::size_t>(top_capacity_) * sizeof(TopLogits));
+  }
+  const std::size_t bytes = static_cast<std::size_t>(step_.n_rows()) * sizeof(TopLogits);
+  copy_to_host(top_on_host_.get(), top_.get(), bytes, gpu_.stream);
+  finish(gpu_.stream);
+  const auto* found = reinterpret_cast<const TopLogits*>(top_on_host_.get());
+  std::vector<camelid::TopLogits> result;
+  for (std::int32_t row = 0; row < step_.n_rows(); ++row) {
+    const TopLogits& t = found[row];
+    const auto n = static_cast<std::size_t>(t.n);
+    result.push_back({{t.logits, n}, {t.tokens, n}, t.sum, t.scaled_sum, t.not_finite});
+  }
+  return result;
 }
 
 void CudaBackend::download(float* out, Tensor x) {

@@ -46,6 +46,7 @@ class StepArrays {
   const std::int32_t* tokens() const { return tokens_; }
   const std::int32_t* rows() const { return rows_; }
   const float* query_scale() const { return query_scale_; }
+  const float* sampling_scale() const { return sampling_scale_; }  // null: 1
   const KindArrays& kind(bool local) const { return kinds_[local ? 1 : 0]; }
 
  private:
@@ -74,6 +75,7 @@ class StepArrays {
   const std::int32_t* tokens_ = nullptr;
   const std::int32_t* rows_ = nullptr;
   const float* query_scale_ = nullptr;
+  const float* sampling_scale_ = nullptr;
   std::array<KindArrays, 2> kinds_;
 
   struct KindMemory {
@@ -86,7 +88,7 @@ class StepArrays {
         counters_at;
   };
   std::array<KindMemory, 2> memories_;
-  GrowingMemory tokens_at_, rows_at_, query_scale_at_;
+  GrowingMemory tokens_at_, rows_at_, query_scale_at_, sampling_scale_at_;
 };
 
 }  // namespace camelid::cuda

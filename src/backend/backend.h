@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "base/top_logits.h"
 #include "quant/format.h"
 
 namespace camelid {
@@ -71,7 +72,8 @@ struct StepPlan {
   std::span<const std::int32_t> rows;    // what select_rows() selects
   KvPlan local;
   KvPlan global;
-  std::vector<float> query_scale;  // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> query_scale;     // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> sampling_scale;  // [rows]: 1 / temperature of sampling, for find_top()
 };
 
 // What distinguishes one layer's attention from another's.
@@ -146,6 +148,11 @@ class Backend {
   virtual void select_rows(Tensor y, Tensor x) = 0;           // y[i] = x[plan.rows[i]]
   virtual void upload_rows(Tensor y, const float* rows) = 0;  // [n_rows, dim] float32
   virtual void download(float* out, Tensor x) = 0;            // [n_rows, dim] float32, waits
+  // Backends whose memory the host cannot read: find_top() looks at the logits of the plan's rows,
+  // and top() waits for what it found; it holds until the next find_top().
+  virtual bool finds_top() const { return false; }
+  virtual void find_top(Tensor /*logits*/) {}
+  virtual std::vector<TopLogits> top() { return {}; }
 };
 
 struct BackendOptions {

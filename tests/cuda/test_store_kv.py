@@ -100,7 +100,7 @@ def make_case(
 def sizes_of(device: Device, c: CKv) -> list[int]:
     """Return bytes of a page, of a side, of a row, and from a side to its scales."""
     sizes = (ctypes.c_int64 * 4)()
-    device.library.case_kv_sizes(ctypes.byref(c), sizes)
+    device.library.case_store_kv_sizes(ctypes.byref(c), sizes)
     return list(sizes)
 
 
