@@ -236,8 +236,9 @@ std::int32_t Sampler::draw(std::span<float> logits, const Rest* rest) const {
     weights[i] = std::exp(static_cast<float>((logits[i] - best) / temperature));
     total += weights[i];
   }
-  if (lacks) {
-    if (params_.top_p >= 1.0f || total < params_.top_p * rest->total) return -1;
+  if (lacks) {  // top-p counts what min-p leaves, and of the rest that is not known
+    const bool known = params_.min_p == 0.0f && params_.top_p < 1.0f;
+    if (!known || total < params_.top_p * rest->total) return -1;
     total = rest->total;
   }
   if (params_.top_p < 1.0f) total = keep_best(logits, weights, params_.top_p * total);

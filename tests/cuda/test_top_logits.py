@@ -177,5 +177,5 @@ def test_other_vocabularies_are_refused(device: Device) -> None:
     memory = device.put(np.zeros(4096, np.float32))
     for vocab in (0, 2**30 + 1):
         with pytest.raises(DeviceError, match=r"1 to 2\^30 tokens"):
-            device.call("case_top_logits", memory, memory, ctypes.c_int64(vocab), 1, vocab, memory,
-                        memory)  # fmt: skip
+            device.call("case_top_logits", memory, memory, ctypes.c_int64(vocab), memory, 1, vocab,
+                        memory, memory)  # fmt: skip
