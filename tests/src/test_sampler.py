@@ -392,7 +392,7 @@ def test_the_best_logits_do_not_decide_where_rules_move_others() -> None:
         {"repetition_penalty": 1.1},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -0.5},
-        {"logit_bias": [(3, 90.0)]},
+        {"logit_bias": {3: 90.0}},
         {"banned": [49]},
         {"n_logprobs": 11},
     ):
