@@ -39,6 +39,9 @@ __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kWholeWarp, value, mask);
 }
 
+// Whether it is true in any lane of the warp.
+__device__ inline bool any_of_warp(bool value) { return __any_sync(kWholeWarp, value) != 0; }
+
 // Throws where a CUDA call failed; `what` names it: "[cuda] matmul: out of memory".
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;

@@ -32,13 +32,19 @@ __device__ inline void load_shared(float2& value, unsigned from) {
                : "r"(from)
                : "memory");
 }
-__device__ inline void store_shared(unsigned to, const uint4& value) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+__device__ inline void load_shared(uint2& value, unsigned from) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(from)
                : "memory");
 }
 __device__ inline void load_shared(std::uint16_t& value, unsigned from) {
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(value) : "r"(from) : "memory");
+}
+__device__ inline void store_shared(unsigned to, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
 }
 
 // ---- copies from global to shared memory, in flight until they are waited for ----
@@ -101,7 +107,8 @@ __device__ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
   load_matrices(r, shared_address(row));
 }
 
-// The same, but r[m] of lane l becomes the pair at rows 2 (l % 4).. of column l / 4 of matrix m.
+// The same, transposed on the way: r[m] of lane l becomes the pair at rows 2 (l % 4).. of column
+// l / 4 of matrix m.
 __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], unsigned row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -109,14 +116,11 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], unsigned 
                : "memory");
 }
 
-// a * b of two bf16 pairs.
+// a * b of two bf16 pairs, subnormal ones too. Before Hopper there is only a * b + c, and with -0
+// for c it is the same.
 __device__ inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t result;
-#if __CUDA_ARCH__ >= 900
-  asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(result) : "r"(a), "r"(b));
-#else
   asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
-#endif
   return result;
 }
 
@@ -139,11 +143,10 @@ __device__ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask,
   return result;
 }
 
-// Of the eight bytes of low and high, numbered from low's lowest, four: the lowest digit of
-// `selector` names the lowest byte.
-__device__ inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high,
+// Four of the eight bytes of a (0 to 3) and b (4 to 7), as the selector's digits name them.
+__device__ inline std::uint32_t select_bytes(std::uint32_t a, std::uint32_t b,
                                              std::uint32_t selector) {
-  return __byte_perm(low, high, selector);
+  return __byte_perm(a, b, selector);
 }
 
 // Two float32 rounded to a bf16 pair, `low` in the low half.
@@ -158,7 +161,6 @@ __device__ inline float high_bf16(std::uint32_t pair) {
 }
 
 __device__ inline float exp_fast(float x) { return __expf(x); }
-// 2^x to 2 ulp; what is below 2^-126 becomes 0.
 __device__ inline float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));

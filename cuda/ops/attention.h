@@ -26,7 +26,8 @@ struct AttentionItem {
   std::int32_t part;
   std::int32_t n_parts;
   std::int32_t first_part;
-  std::int32_t counter;  // counts the parts that are done, one for each such tile and kv head
+  std::int32_t
+      counter;  // the first of the tile's, which count parts that are done, for each kv head
   std::int32_t padding;  // to 48 bytes
 };
 
@@ -34,12 +35,24 @@ constexpr int kKeyTile = 64;      // keys that are loaded and multiplied togethe
 constexpr int kFewQueries = 16;   // of an item of attend_few
 constexpr int kManyQueries = 64;  // of an item of attend_many
 
+// Partial results are combined in groups of so many, and then the groups: whoever comes last has at
+// most twice so many to read, while all others wait. Each group has a counter, and the groups one.
+constexpr int kCombinedParts = 16;
+CAMELID_HOST_DEVICE constexpr int n_combined_groups(int n_parts) {
+  return divide_up(n_parts, kCombinedParts);
+}
+CAMELID_HOST_DEVICE constexpr int n_counters_of(int n_parts) {
+  const int n_groups = n_combined_groups(n_parts);
+  return n_parts == 1 ? 0 : n_groups == 1 ? 1 : n_groups + 1;
+}
+
 struct Attention {
   KvPool pool;
   std::int32_t kv_layer = 0;
   std::int32_t n_heads = 0;
   bool causal = true;  // a query sees keys up to its own token; else all of the item's
-  // Device memory, all of it; the counts too, so that a recorded launch serves every step.
+  // Device memory, all of it; the counts too, so that a recorded launch serves every step. Items,
+  // their number and page_table are not written by the kernel just before in the stream.
   const AttentionItem* items = nullptr;
   const std::int32_t* n_items = nullptr;
   const std::int32_t* page_table = nullptr;

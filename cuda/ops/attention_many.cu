@@ -27,7 +27,7 @@
 
 #include <cmath>
 
-#include "device/dequant.cuh"
+#include "device/kv.cuh"
 
 namespace camelid::cuda {
 namespace {
@@ -68,25 +68,20 @@ struct Memory {
 
 // ---- kernel: copies ----
 
-// Sixteen stored values, as two pieces of bf16, exactly.
-template <KvFormat kFormat>
-__device__ __forceinline__ std::uint32_t expand_pair(std::uint32_t word, int pair) {
-  if constexpr (kFormat == KvFormat::kE4m3) {
-    // Each byte on top of its half. Moved by 4 bits, exponent and mantissa are where bf16 has them;
-    // the exponent's bias is 7 instead of 127.
-    const std::uint32_t bytes = select_bytes(word, 0, pair == 0 ? 0x1404u : 0x3424u);
-    return multiply_bf16x2(mask_or(bytes >> 4, 0x07f007f0u, bytes & 0x80008000u),
-                           0x7b807b80u /* 2^120 */);
-  } else {
-    return from_int8<0>(select_bytes(word, 0, pair == 0 ? 0x4140u : 0x4342u));
-  }
-}
+// Sixteen stored values, as two pieces of bf16.
 template <KvFormat kFormat>
 __device__ __forceinline__ void expand_piece(uint4 (&to)[2], const uint4& from) {
-  to[0] = {expand_pair<kFormat>(from.x, 0), expand_pair<kFormat>(from.x, 1),
-           expand_pair<kFormat>(from.y, 0), expand_pair<kFormat>(from.y, 1)};
-  to[1] = {expand_pair<kFormat>(from.z, 0), expand_pair<kFormat>(from.z, 1),
-           expand_pair<kFormat>(from.w, 0), expand_pair<kFormat>(from.w, 1)};
+  const std::uint32_t words[4] = {from.x, from.y, from.z, from.w};
+  std::uint32_t pairs[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    std::uint32_t even, odd;
+    expand_bytes<kFormat>(words[i], even, odd);
+    pairs[2 * i] = select_bytes(even, odd, 0x5410);
+    pairs[2 * i + 1] = select_bytes(even, odd, 0x7632);
+  }
+  to[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  to[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
 }
 
 // A ring of halves, and this thread's share of filling it: a piece of every kApart-th row.
@@ -463,9 +458,9 @@ void check_attend_many(const Attention& call, int n_items) {
 void attend_many(const Attention& call, int n_items, int /*multiprocessors*/, cudaStream_t stream) {
   check_attend_many(call, n_items);
   if (n_items == 0) return;
-  const int head_dim = call.pool.shape.head_dim;
-  (head_dim <= 64    ? launch_format<64>
-   : head_dim <= 128 ? launch_format<128>
+  const int instance = padded_head_dim(call.pool.shape.head_dim);
+  (instance == 64    ? launch_format<64>
+   : instance == 128 ? launch_format<128>
                      : launch_format<256>)(call, n_items, stream);
 }
 

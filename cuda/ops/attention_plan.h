@@ -20,11 +20,14 @@ struct AttentionSpan {
 };
 
 struct AttentionPlan {
-  std::vector<AttentionItem> few;   // for attend_few
-  std::vector<AttentionItem> many;  // for attend_many, those with most keys first
+  std::vector<AttentionItem> few;   // for attend_few; in both those with most keys come first
+  std::vector<AttentionItem> many;  // for attend_many
   std::int64_t n_parts = 0;         // partial results of `few`
-  std::int32_t n_counters = 0;      // tiles of `few` whose keys are divided
+  std::int32_t n_counters = 0;  // of tiles of `few` whose keys are divided; each for every kv head
 };
+
+// Spans of at most so many queries go to attend_few.
+constexpr int kMostFewQueries = 64;
 
 // `group`: query heads of a kv head. How a span is divided depends on nothing but the span, so its
 // results do not depend on what else is in the step.

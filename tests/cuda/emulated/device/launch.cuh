@@ -118,6 +118,16 @@ T shuffle_xor(T value, int mask, emulated::Where where = emulated::Where::curren
   return emulated::exchange("shuffle_xor", value, lane ^ mask, where);
 }
 
+inline bool any_of_warp(bool value, emulated::Where where = emulated::Where::current()) {
+  unsigned mine = value ? 1u : 0u;
+  emulated::meet_warp("any_of_warp", where, &mine, [](void* const* lanes) UNWATCHED {
+    unsigned any = 0;
+    for (int i = 0; i < emulated::kLanes; ++i) any |= *static_cast<unsigned*>(lanes[i]);
+    for (int i = 0; i < emulated::kLanes; ++i) *static_cast<unsigned*>(lanes[i]) = any;
+  });
+  return mine != 0;
+}
+
 // ---- how a kernel is launched ----
 
 inline void check(cudaError_t, const char*) {}
