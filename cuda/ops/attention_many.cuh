@@ -2,6 +2,8 @@
 // tile sees, where it and its result lie, and in which pages keys lie. No arithmetic on values.
 #pragma once
 
+#include <cmath>
+
 #include "device/ptx.cuh"
 #include "ops/attention.h"
 
@@ -51,6 +53,11 @@ __device__ inline KeyPlace find_keys(const Attention& call, const AttentionItem&
   const int page_size = call.pool.shape.page_size;
   if (key >= item.last_key) return {0, 0};
   return {call.page_table[item.page_list + key / page_size], key % page_size};
+}
+
+// Of scores before exp2.
+inline float score_scale(const KvShape& shape) {
+  return 1.44269504f /* log2(e) */ / std::sqrt(static_cast<float>(shape.head_dim));
 }
 
 // Throws where `call` cannot be; ops/attention.h.
