@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_cases import ITEM, Array, Case, Span, exact_attention
+from attention_cases import BF16, ITEM, Array, Case, Span, exact_attention
 from cuda_cases import NAN_BF16, assert_within, from_bf16
 from cuda_device import Device
 
-MANY_QUERIES = 64
+MANY_QUERIES = {False: 64, True: 128}  # of an item, without and with Hopper
 
 
-def tiles_of(case: Case, *, size: int = MANY_QUERIES, skip: int = 0) -> Array:
+def hopper_fits(case: Case) -> bool:
+    return bool(case.c.format == BF16 and case.c.head_dim <= 128)
+
+
+def tiles_of(case: Case, *, size: int, skip: int = 0) -> Array:
     """Return tiles of all queries but the first `skip` of each span, as the plan makes them."""
     items = []
     for span in case.spans:
@@ -31,7 +35,7 @@ def run_many(
 ) -> NDArray[np.uint16]:
     """Return y [n_tokens, n_heads, head_dim], NaN where no item has the query."""
     device.arrange(seed=seed, multiprocessors=case.c.multiprocessors)
-    items = tiles_of(case) if items is None else items
+    items = tiles_of(case, size=MANY_QUERIES[hopper]) if items is None else items
     y = device.put(np.full((len(case.q), case.c.y_stride), NAN_BF16, np.uint16))
     device.call(
         "case_attend_many",

@@ -1,6 +1,7 @@
 // C functions over attention of many queries, for tests.
 #include "case.h"
 #include "ops/attention.h"
+#include "sm90/attention_many.h"
 
 using namespace camelid::cuda;
 
@@ -30,8 +31,7 @@ int case_attend_many(const CaseMany* c, std::int32_t hopper, std::int32_t n_item
     call.q_stride = c->q_stride;
     call.y = y;
     call.y_stride = c->y_stride;
-    (void)hopper;
-    attend_many(call, n_items, c->multiprocessors, stream);
+    (hopper != 0 ? sm90::attend_many : attend_many)(call, n_items, c->multiprocessors, stream);
   });
 }
 
