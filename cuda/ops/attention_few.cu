@@ -45,6 +45,8 @@ struct FewShape {
   static constexpr int kWarpQuads = kQuads / kWarps;  // those that a warp adds up for all
   static_assert(kQuads * kWarp * 16 <= 2 * kSideBytes, "sums meet in the stage that is done");
   static_assert(kStageBytes % 512 == 0, "KvRows flips address bits");
+  // On a multiprocessor, by registers: bytes take many instructions, which three hide from memory.
+  static constexpr int kBlocks = kDim == 256 ? 1 : kScaled ? 3 : 2;
   // Queries stay in registers for a whole job, where there is room for them.
   static constexpr bool kKeepsQueries = kDim <= 128;
   // A partial result: [half of the rows][quad][lane] float4, then [row] maximum and sum.
@@ -80,28 +82,26 @@ class Few {
       load_keys();
       commit_copies();
     }
-    int stage = 0, slot = 0;
+    int stage = 0;
 #pragma unroll 1
-    for (int round = 0; job_of(round) < n_jobs_; ++round) {
+    for (; job_of(round_) < n_jobs_; ++round_) {
       wait_copies<Shape::kStages - 2>();
       sync_block();  // queries and item are there, and nobody reads the last job's sums
-      begin(slot, job_of(round));
-      const int last_key = item().last_key;
-      int key = item().first_key + warp() * kStepTokens;
+      begin();
 #pragma unroll 1
-      for (int left = divide_up(last_key - item().first_key, kKeyTile);;) {
+      for (int tile = item().first_key;;) {
         load_keys();
         commit_copies();
-        if (key < last_key) multiply(stage, key);
-        if (--left == 0) break;
-        key += kKeyTile;
+        const int key = tile + warp() * kStepTokens;
+        if (key < item().last_key) multiply(stage, key);
+        tile += kKeyTile;
+        if (tile >= item().last_key) break;
         stage = next(stage);
         wait_copies<Shape::kStages - 2>();
         sync_warp();
       }
       finish(stage);
       stage = next(stage);
-      slot = next(slot);
     }
   }
 
@@ -128,56 +128,62 @@ class Few {
     return shared_address(shared_memory()) + stage * Shape::kStageBytes + Shape::kScalesAt +
            warp() * 2 * Shape::kScaleBytes;
   }
+  __device__ static int slot_of(int round) { return round % Shape::kStages; }
   __device__ static unsigned queries_at(int slot) {
     return shared_address(shared_memory()) + Shape::kQueriesAt + slot * Shape::kQueryBytes;
   }
 
   // ---- copies ahead ----
 
-  // What loads do not wait for: the item after the one whose keys are copied, and the pages of the
-  // next keys, were asked for a turn of the loop earlier.
+  // Where copies are. An item's words are spread over the lanes, which takes one register and not
+  // seven. The item after this one, and the pages of the next keys, were asked for a turn of the
+  // loop before they are needed.
   struct Load {
-    int round = 0;          // of the job after this one
-    int word = 0;           // of that job's item, lane's
-    int left = 0;           // tiles of this job to copy
-    bool begins = false;    // none of them was copied yet
-    int key = 0, last = 0;  // this warp's next, and one past the item's
-    int page_list = 0, first_page = 0;
-    int ids = 0;              // of page first_page + lane
-    int page = 0, token = 0;  // of `key`: page from first_page on
+    int round = 0;  // of the job after this one
+    int next = 0;   // lane's word of that job's item
+    int word = 0;   // and of this one's
+    int left = 0;   // tiles of this job to copy; negative while none was
     int head = 0;
-    int first_row = 0, first_query = 0, n_queries = 0;
-    int stage = 0, slot = 0;
+    int key = 0;                 // this warp's next
+    int page = 0, token = 0;     // where it lies: page from first_page on
+    int first_page = 0, id = 0;  // lane's entry of the page table is of page first_page + lane
+    int stage = 0;
   };
 
   __device__ void ask_for_item() {
     const int job = job_of(load_.round);
     if (job < n_jobs_ && lane() < kItemWords) {
-      load_.word = reinterpret_cast<const int*>(call_.items + job / n_kv_heads_)[lane()];
+      load_.next = reinterpret_cast<const int*>(call_.items + job / n_kv_heads_)[lane()];
     }
   }
 
   __device__ void ask_for_pages() {
     const int page = load_.first_page + lane();
-    if (std::int64_t{page} * call_.pool.shape.page_size < load_.last) {
-      load_.ids = call_.page_table[load_.page_list + page];
+    const int list = item_word(kPageList), last_key = item_word(kLastKey);
+    if (std::int64_t{page} * call_.pool.shape.page_size < last_key) {
+      load_.id = call_.page_table[list + page];
     }
   }
+
+  enum Word {
+    kFirstRow = 0,
+    kPageList = 2,
+    kFirstQuery = 3,
+    kQueries = 4,
+    kFirstKey = 5,
+    kLastKey = 6
+  };
+  __device__ int item_word(Word which) const { return shuffle(load_.word, which); }
 
   // Goes to the next job, where there is one.
   __device__ void find_load() {
     const int job = job_of(load_.round);
     if (job >= n_jobs_) return;
-    load_.first_row = shuffle(load_.word, 0);
-    load_.page_list = shuffle(load_.word, 2);
-    load_.first_query = shuffle(load_.word, 3);
-    load_.n_queries = shuffle(load_.word, 4);
-    const int first_key = shuffle(load_.word, 5);
-    load_.last = shuffle(load_.word, 6);
+    load_.word = load_.next;
+    const int first_key = item_word(kFirstKey);
     load_.head = job % n_kv_heads_;
     load_.key = first_key + warp() * kStepTokens;
-    load_.left = divide_up(load_.last - first_key, kKeyTile);
-    load_.begins = true;
+    load_.left = -divide_up(item_word(kLastKey) - first_key, kKeyTile);
     load_.first_page = first_key / call_.pool.shape.page_size;
     load_.page = 0;
     load_.token = load_.key - load_.first_page * call_.pool.shape.page_size;
@@ -204,9 +210,12 @@ class Few {
   // Copies this warp's keys and values of the next tile, if there is one.
   __device__ void load_keys() {
     if (load_.left == 0) return;
-    if (load_.begins) load_queries();
-    const int n = load_.last - load_.key;
-    const int id = shuffle(load_.ids, load_.page);
+    if (load_.left < 0) {
+      load_.left = -load_.left;
+      load_queries();
+    }
+    const int n = item_word(kLastKey) - load_.key;
+    const int id = shuffle(load_.id, load_.page);
     if (n > 0) {
       const KvShape& shape = call_.pool.shape;
       const std::byte* side =
@@ -220,7 +229,6 @@ class Few {
     load_.token += kKeyTile;
     load_.stage = next(load_.stage);
     if (--load_.left == 0) {
-      load_.slot = next(load_.slot);
       find_load();
     } else {
       find_page();
@@ -231,23 +239,22 @@ class Few {
   // memory there may be NaN, and 0 * NaN is not 0.
   __device__ void copy_side(unsigned to, unsigned scales_to, const std::byte* side, int n) {
     const KvShape& shape = call_.pool.shape;
-    const int row_bytes = shape.row_bytes();
-    const int first = lane() / Rows::kPieces, piece = lane() % Rows::kPieces;
-    const std::byte* from = side + (load_.token + first) * row_bytes + piece * 16;
     constexpr int kRows = kWarp / Rows::kPieces;  // that the warp copies at once
-    const int bytes = shape.head_dim * (Shape::kScaled ? 1 : 2) - piece * 16;
+    const int first = lane() / Rows::kPieces, piece = lane() % Rows::kPieces;
+    const unsigned place = to + Rows::place(first, piece);
+    const std::byte* from = side + (load_.token + first) * shape.row_bytes() + piece * 16;
     if (n >= kStepTokens && shape.head_dim == Shape::kDim) {
 #pragma unroll
       for (int row = 0; row < kStepTokens; row += kRows) {
-        copy_async_once(to + Rows::place(first + row, piece), from);
-        from += kRows * row_bytes;
+        copy_async_once(Rows::further(place, row), from + row * Rows::kRowBytes);
       }
     } else {
+      const int bytes = shape.head_dim * (Shape::kScaled ? 1 : 2) - piece * 16;
 #pragma unroll 1
       for (int row = 0; row < kStepTokens; row += kRows) {
         const int n_bytes = first + row < n ? min(max(bytes, 0), 16) : 0;
-        copy_async(to + Rows::place(first + row, piece), n_bytes == 0 ? side : from, n_bytes);
-        from += kRows * row_bytes;
+        copy_async(Rows::further(place, row), n_bytes == 0 ? side : from, n_bytes);
+        from += kRows * shape.row_bytes();
       }
     }
     if constexpr (Shape::kScaled) {
@@ -261,36 +268,35 @@ class Few {
 
   // By all warps together: the job's queries, zeros around them, and its item.
   __device__ void load_queries() {
-    load_.begins = false;
+    const int slot = slot_of(load_.round - 1), n_queries = item_word(kQueries);
+    const int first_query = item_word(kFirstQuery), first_row = item_word(kFirstRow);
     const int head_dim = call_.pool.shape.head_dim, group = call_.n_heads / n_kv_heads_;
     constexpr int kPieces = Shape::kDim / 8;
 #pragma unroll 1
     for (int i = thread_index(); i < kFewQueries * kPieces; i += kThreads) {
       const int row = i / kPieces, piece = i % kPieces;
-      const bool there = row < load_.n_queries && piece * 8 < head_dim;
-      const int query = load_.first_query + row, token = query / group;
+      const bool there = row < n_queries && piece * 8 < head_dim;
+      const int query = first_query + row, token = query / group;
       const std::uint16_t* from = call_.q;
       if (there) {
-        from += (load_.first_row + token) * call_.q_stride +
+        from += (first_row + token) * call_.q_stride +
                 (load_.head * group + query - token * group) * head_dim + piece * 8;
       }
-      copy_async(queries_at(load_.slot) + Rows::query_place(row, piece), from, there ? 16 : 0);
+      copy_async(queries_at(slot) + Rows::query_place(row, piece), from, there ? 16 : 0);
     }
     if (thread_index() < kItemWords / 4) {
       const int item = job_of(load_.round - 1) / n_kv_heads_;
-      copy_async(reinterpret_cast<std::byte*>(&header().items[load_.slot]) + thread_index() * 16,
+      copy_async(reinterpret_cast<std::byte*>(&header().items[slot]) + thread_index() * 16,
                  reinterpret_cast<const std::byte*>(call_.items + item) + thread_index() * 16, 16);
     }
   }
 
   // ---- products ----
 
-  __device__ const AttentionItem& item() const { return header().items[slot_]; }
+  __device__ const AttentionItem& item() const { return header().items[slot_of(round_)]; }
+  __device__ int head() const { return job_of(round_) % n_kv_heads_; }
 
-  __device__ void begin(int slot, int job) {
-    slot_ = slot;
-    head_ = job % n_kv_heads_;
-    all_see_ = limit_of(0);
+  __device__ void begin() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       limit_[half] = limit_of(lane() / 4 + half * 8);
@@ -302,7 +308,7 @@ class Few {
     if constexpr (Shape::kKeepsQueries) {
 #pragma unroll
       for (int step = 0; step < Rows::kSteps; ++step) {
-        Rows::load_queries(q_[step], queries_at(slot_), step);
+        Rows::load_queries(q_[step], queries_at(slot_of(round_)), step);
       }
     }
   }
@@ -327,14 +333,14 @@ class Few {
         mma_bf16(s[1], q_[step], b[2], b[3]);
       } else {
         std::uint32_t a[4];
-        Rows::load_queries(a, queries_at(slot_), step);
+        Rows::load_queries(a, queries_at(slot_of(round_)), step);
         mma_bf16(s[0], a, b[0], b[1]);
         mma_bf16(s[1], a, b[2], b[3]);
       }
     });
     const unsigned scales = scales_at(stage) + lane() % 4 * 8;
     scale(s, scales);
-    if (key + kStepTokens > all_see_) hide(s, key);
+    if (key + kStepTokens > (call_.causal ? item().first_index + 1 : item().last_key)) hide(s, key);
     softmax(s);
     std::uint32_t p[4];
     round(p, s, scales + Shape::kScaleBytes);
@@ -491,7 +497,7 @@ class Few {
     const int head_dim = call_.pool.shape.head_dim, group = call_.n_heads / n_kv_heads_;
     const int query = item().first_query + half * 8 + lane() / 4, token = query / group;
     std::uint16_t* y = call_.y + (item().first_row + token) * call_.y_stride +
-                       (head_ * group + query - token * group) * head_dim;
+                       (head() * group + query - token * group) * head_dim;
     const float factor = 1.0f / result.sum;
 #pragma unroll
     for (int j = 0; j < Shape::kWarpQuads; ++j) {
@@ -510,7 +516,7 @@ class Few {
   // ---- parts of results ----
 
   __device__ float* part_at(int part) const {
-    return call_.partials + (std::int64_t{item().first_part + part} * n_kv_heads_ + head_) *
+    return call_.partials + (std::int64_t{item().first_part + part} * n_kv_heads_ + head()) *
                                 part_floats(Shape::kDim);
   }
   __device__ static int quad_at(int half, int quad) {  // in floats
@@ -536,7 +542,7 @@ class Few {
     const int n_groups = n_combined_groups(item().n_parts);
     const int group = item().part / kCombinedParts, first = group * kCombinedParts;
     const int n = min(kCombinedParts, item().n_parts - first);
-    unsigned* const counters = call_.counters + std::int64_t{item().counter} * n_kv_heads_ + head_;
+    unsigned* const counters = call_.counters + std::int64_t{item().counter} * n_kv_heads_ + head();
     if (!is_last(counters + group * n_kv_heads_, n)) return;
     combine(first, 1, n, n_groups == 1);
     if (n_groups == 1 || !is_last(counters + n_groups * n_kv_heads_, n_groups)) return;
@@ -589,8 +595,7 @@ class Few {
   float factor_;
   Load load_;
   // Of the job in work.
-  int slot_ = 0, head_ = 0;
-  int all_see_ = 0;        // limit_ of the tile's first query
+  int round_ = 0;
   int limit_[2];           // one past the last key that rows g and g + 8 see
   float max_[2], sum_[2];  // of these rows: of this warp's keys, and this lane's
   float o_[Rows::kTiles][4];
@@ -598,7 +603,7 @@ class Few {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, Shape::kBlocks)
     run_attention_few(const __grid_constant__ Attention call, float factor) {
   Few<Shape>(call, factor).run();
 }
@@ -612,7 +617,7 @@ template <class F>
 bool with_few_shape(KvFormat format, int dim, const F& f) {
   const auto of_bytes = [&]<KvFormat kFormat>() {
     if (dim == 64) return f(FewShape<kFormat, 64, 6>{});
-    if (dim == 128) return f(FewShape<kFormat, 128, 4>{});
+    if (dim == 128) return f(FewShape<kFormat, 128, 3>{});
     return f(FewShape<kFormat, 256, 2>{});
   };
   if (format == KvFormat::kE4m3) return of_bytes.template operator()<KvFormat::kE4m3>();
