@@ -45,6 +45,8 @@ MEANT = {
     "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
     r"4cuda\d\d_GLOBAL_.*grouped_many_kernel": _STREAM[:2],
     r"4cuda4sm90.*grouped_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
+    r"4cuda\d\d_GLOBAL_.*attend_many_kernel": (*_STREAM, r"LDSM\.16\.MT88\.4"),
+    r"4cuda4sm90.*attend_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
     "cutlass13device_kernel": (r"[HQ]GMMA\.64x", r"UTMALDG"),
 }
 LOCAL_MEMORY = r"(LDL|STL)(\.|$)"

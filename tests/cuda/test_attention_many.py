@@ -88,6 +88,14 @@ def test_every_order_gives_the_same(device: Device, hopper: bool, form: int) -> 
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rings_go_round_across_jobs(device: Device, hopper: bool, head_dim: int, seed: int) -> None:
+    spans = [(600, 30), (0, 50), (300, 1), (390, 27)]
+    case = case_of(device, hopper, spans, head_dim=head_dim, multiprocessors=2)
+    check_many(case, run_many(device, case, hopper=hopper, seed=seed))
+
+
 def test_nan_stays_in_its_sequence(device: Device, hopper: bool) -> None:
     case = case_of(device, hopper, [(30, 20), (30, 20), (0, 5)])
     clean = run_many(device, case, hopper=hopper)
