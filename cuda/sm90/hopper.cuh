@@ -173,6 +173,10 @@ __device__ __forceinline__ void hold(float (&d)[kValues]) {
 
 // ---- registers ----
 
+// What each thread of a block alone on its multiprocessor begins with, if it is compiled for that:
+// an even share of 64 K. It is all there is to give and to take.
+constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8; }
+
 // By all warps of a warpgroup: its threads keep kRegisters, a multiple of 8, from here on. Those
 // who take more wait until others gave enough.
 template <int kRegisters>

@@ -236,6 +236,8 @@ void hold(float (&)[kValues]) {}
 
 // ---- registers ----
 
+constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8; }
+
 template <int kRegisters>
 void give_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
