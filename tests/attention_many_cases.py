@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_cases import BF16, ITEM, Array, Case, Span, exact_attention
+from attention_cases import ITEM, Array, Case, Span, exact_attention
 from cuda_cases import NAN_BF16, assert_within, from_bf16
 from cuda_device import Device
 
@@ -13,7 +13,7 @@ MANY_QUERIES = {False: 64, True: 128}  # of an item, without and with Hopper
 
 
 def hopper_fits(case: Case) -> bool:
-    return bool(case.c.format == BF16 and case.c.head_dim <= 128)
+    return bool(case.c.head_dim <= 128)
 
 
 def tiles_of(case: Case, *, size: int, skip: int = 0) -> Array:

@@ -25,8 +25,6 @@
 
 #include "ops/attention_many.cuh"
 
-#include "device/kv.cuh"
-
 namespace camelid::cuda {
 namespace {
 
@@ -70,22 +68,6 @@ struct Memory {
 };
 
 // ---- kernel: copies ----
-
-// Sixteen stored values, as two pieces of bf16.
-template <KvFormat kFormat>
-__device__ __forceinline__ void expand_piece(uint4 (&to)[2], const uint4& from) {
-  const std::uint32_t words[4] = {from.x, from.y, from.z, from.w};
-  std::uint32_t pairs[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    std::uint32_t even, odd;
-    expand_bytes<kFormat>(words[i], even, odd);
-    pairs[2 * i] = select_bytes(even, odd, 0x5410);
-    pairs[2 * i + 1] = select_bytes(even, odd, 0x7632);
-  }
-  to[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
-  to[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
-}
 
 // A ring of halves, and this thread's share of filling it: a piece of every kApart-th row.
 template <int kDim, KvFormat kFormat>

@@ -37,7 +37,6 @@
 
 #include <algorithm>
 
-#include "device/kv.cuh"
 #include "ops/attention_many.cuh"
 #include "sm90/hopper.cuh"
 
@@ -46,8 +45,6 @@ namespace {
 
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
 constexpr int kKeys = 128;  // of a tile
 constexpr int kGroups = kKeys / kKeyGroup;
 constexpr int kSteps = kKeys / 16;  // of p v
@@ -55,20 +52,36 @@ constexpr int kPanelBytes = kKeys * 128;
 static_assert(kManyQueries == kConsumers * 64);
 
 // What lies where in shared memory.
-template <int kDim>
+template <int kDim, KvFormat kFormat>
 struct Ring {
+  static constexpr bool kScaled = kFormat != KvFormat::kBf16;
+  static constexpr int kProducerRegisters = kScaled ? 56 : 40;
+  static constexpr int kConsumerRegisters = kScaled ? 224 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * registers_at_start(kThreads));
   static constexpr int kPanels = kDim / 64;
-  static constexpr int kSlotBytes = kPanels * kPanelBytes;
-  static constexpr int kSlots = 6;
-  static constexpr int kBarriers = kSlots * kSlotBytes;
+  static constexpr int kHalfBytes = kPanels * kPanelBytes;
+  // A float32 for each key and then for each of the values, behind the keys.
+  static constexpr int kScalesBytes = kScaled ? 2 * kKeys * 4 : 0;
+  static constexpr int kSlotBytes = kHalfBytes + kScalesBytes;
+  static constexpr int kSlots = kScaled ? 5 : 6;
+  // Bytes that wait to be expanded: [128 keys][kDim] and scales, as memory has them.
+  static constexpr int kStored = kScaled ? 3 : 0;
+  static constexpr int kStoredRows = kKeys * kDim;
+  static constexpr int kStoredBytes = kStoredRows + kScalesBytes;
+  static constexpr int kStoredAt = kSlots * kSlotBytes;
+  static constexpr int kBarriers = kStoredAt + kStored * kStoredBytes;
   static constexpr int kBytes = kBarriers + (2 * kSlots + kConsumers) * 8;
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kSlotBytes % 1024 == 0 && kBytes <= 227 * 1024);
 
   __device__ static std::byte* slot(int i) { return shared_memory() + i * kSlotBytes; }
+  __device__ static std::byte* stored(unsigned n) {
+    return shared_memory() + kStoredAt + n % std::max(kStored, 1) * kStoredBytes;
+  }
   __device__ static Barrier* barrier(int i) {
     return reinterpret_cast<Barrier*>(shared_memory() + kBarriers) + i;
   }
-  __device__ static Barrier* full(int i) { return barrier(i); }            // all copies arrived
+  __device__ static Barrier* full(int i) { return barrier(i); }            // all of it is there
   __device__ static Barrier* empty(int i) { return barrier(kSlots + i); }  // nobody reads it
   // The other consumer has issued its products.
   __device__ static Barrier* turn(int consumer) { return barrier(2 * kSlots + consumer); }
@@ -80,15 +93,14 @@ struct Ring {
     }
     for (int i = 0; i < kConsumers; ++i) init_barrier(turn(i), kWarpgroup / kWarp);
   }
-};
 
-// Where in the ring the n-th half lies, counted over all jobs, and the parity of its phase there.
-template <int kDim>
-struct Place {
-  int slot;
-  unsigned parity;
-  __device__ explicit Place(unsigned n)
-      : slot(static_cast<int>(n % Ring<kDim>::kSlots)), parity(n / Ring<kDim>::kSlots & 1) {}
+  // Where the n-th half lies, counted over all jobs, and the parity of its phase there.
+  struct Place {
+    int slot;
+    unsigned parity;
+    __device__ explicit Place(unsigned n)
+        : slot(static_cast<int>(n % kSlots)), parity(n / kSlots & 1) {}
+  };
 };
 
 // The jobs of this block: there and back again, so that none gets the longest of each round.
@@ -102,57 +114,149 @@ struct Jobs {
   }
 };
 
-__device__ inline int n_key_tiles(const QueryTile& tile) {
-  return divide_up(tile.item().last_key - tile.item().first_key, kKeys);
-}
-
 // ---- kernel: the producer ----
 
-// Copies a half. `from`: this thread's piece of its row of page 0; `place`: lane l has that of keys
-// 16 (l % 8)... Keys from n_keys on and dimensions past the head's become zeros.
-template <int kDim>
-__device__ __forceinline__ void copy_half(std::byte* slot, const Attention& call,
-                                          const std::byte* from, std::int64_t place, int n_keys) {
-  const int thread = thread_index(), piece = thread % 8, row = thread / 8;
-  const int n_bytes = call.pool.shape.head_dim * 2 - piece * 16;
-  std::byte* to = slot + row * 128 + (piece ^ row % 8) * 16;
-#pragma unroll 4
-  for (int i = 0; i < kGroups; ++i) {
-    const std::byte* group = from + shuffle(place, i);
-    const bool is = i * kKeyGroup + row < n_keys;
-#pragma unroll
-    for (int panel = 0; panel < Ring<kDim>::kPanels; ++panel) {
-      const bool some = is && panel * 128 < n_bytes;
-      copy_async(to + panel * kPanelBytes + i * kKeyGroup * 128,
-                 some ? group + panel * 128 : call.pool.base, some ? 16 : 0);
+// The halves of all jobs of this block, one after the other, and this thread's share of copying
+// them: a piece of every 16th (or 32nd) key.
+template <int kDim, KvFormat kFormat>
+struct Source {
+  using R = Ring<kDim, kFormat>;
+  const Attention& call;
+  int n_items;
+  Jobs jobs;
+  int number = 0, kv_head = 0;  // of the job
+  int first_key = 0;            // of the tile
+  int side = 1;                 // 0 keys, 1 values
+  bool is = false;              // there is a half
+  // Lane l has those of the tile's keys 16 (l % 8)..; `next`: of the tile after, found early since
+  // memory answers late.
+  KeyPlace now{}, next{};
+
+  __device__ Source(const Attention& c, int n)
+      : call(c), n_items(n), jobs{n * c.pool.shape.n_kv_heads} {}
+
+  __device__ const AttentionItem& item() const { return call.items[number]; }
+  __device__ KeyPlace find(int key) const {
+    return find_keys(call, item(), key + not_before(thread_index()) % kGroups * kKeyGroup);
+  }
+  // Goes on to the next half; false: that was all.
+  __device__ bool advance() {
+    side ^= 1;
+    if (is && side == 1) return true;
+    if (is) first_key += kKeys;
+    if (!is || first_key >= item().last_key) {
+      int job;
+      is = jobs.next(job);
+      if (!is) return false;
+      number = job % n_items;
+      kv_head = job / n_items;
+      first_key = item().first_key;
+      next = find(first_key);
     }
+    now = next;
+    next = find(first_key + kKeys);
+    return true;
+  }
+  // Of page 0, the keys or values of the head.
+  __device__ const std::byte* base(int which) const {
+    const KvShape& shape = call.pool.shape;
+    return call.pool.base + shape.keys_at(call.kv_layer, kv_head) + which * shape.side_bytes();
+  }
+  // Keys past the item's, and dimensions past the head's, become zeros.
+  __device__ void copy(std::byte* to) const {
+    const KvShape& shape = call.pool.shape;
+    constexpr int kPieces = R::kScaled ? kDim / 16 : 8;  // of a row, or of its part in a panel
+    constexpr int kApart = kWarpgroup / kPieces;
+    const int thread = not_before(thread_index());
+    const int piece = thread % kPieces, first_row = thread / kPieces;
+    const int n_keys = item().last_key - first_key;
+    const int n_bytes = shape.head_dim * (R::kScaled ? 1 : 2) - piece * 16;
+    const std::int64_t place = now.page * shape.page_bytes() + now.slot * shape.row_bytes();
+    const std::byte* from = base(side) + first_row % kKeyGroup * shape.row_bytes() + piece * 16;
+    to += R::kScaled ? thread * 16 : first_row * 128 + (piece ^ first_row % 8) * 16;
+#pragma unroll 4
+    for (int i = 0; i < kKeys / kApart; ++i) {
+      const int row = first_row + i * kApart;
+      const std::byte* key = from + shuffle(place, row / kKeyGroup);
+#pragma unroll
+      for (int panel = 0; panel < (R::kScaled ? 1 : R::kPanels); ++panel) {
+        const int left = row < n_keys ? max(0, min(16, n_bytes - panel * 128)) : 0;
+        copy_async(to + panel * kPanelBytes, left > 0 ? key + panel * 128 : call.pool.base, left);
+      }
+      to += kWarpgroup * 16;
+    }
+  }
+  // Scales of keys and values of the tile, four at a time.
+  __device__ void copy_scales(std::byte* to) const {
+    constexpr int kPieces = kKeys / 4;
+    if (thread_index() >= 2 * kPieces) return;
+    const KvShape& shape = call.pool.shape;
+    const int thread = not_before(thread_index()), row = thread % kPieces * 4;
+    const std::int64_t place =
+        shuffle(now.page * shape.page_bytes() + now.slot * 4, row / kKeyGroup);
+    const int n_bytes = max(0, min(16, (item().last_key - first_key - row) * 4));
+    const std::byte* from =
+        base(thread / kPieces) + shape.scales_at() + place + row % kKeyGroup * 4;
+    copy_async(to + thread * 16, n_bytes > 0 ? from : call.pool.base, n_bytes);
+  }
+};
+
+// What this thread copied, from bytes to bf16 in the panels of a slot.
+template <int kDim, KvFormat kFormat>
+__device__ __forceinline__ void expand_half(unsigned to, unsigned from, bool scales) {
+  using R = Ring<kDim, kFormat>;
+  constexpr int kPieces = kDim / 16;
+  constexpr int kApart = kWarpgroup / kPieces;
+  const int thread = not_before(thread_index());
+  const int piece = thread % kPieces * 2, first_row = thread / kPieces;
+  const unsigned row_at = to + piece / 8 * kPanelBytes + first_row * 128;
+  from += static_cast<unsigned>(thread * 16);
+#pragma unroll 2
+  for (int i = 0; i < kKeys / kApart; ++i) {
+    uint4 stored, values[2];
+    load_shared(stored, from + i * kWarpgroup * 16);
+    expand_piece<kFormat>(values, stored);
+    const unsigned row = row_at + i * kApart * 128;
+    store_shared(row + (piece % 8 ^ first_row % 8) * 16, values[0]);
+    store_shared(row + ((piece + 1) % 8 ^ first_row % 8) * 16, values[1]);
+  }
+  if (scales && thread < R::kScalesBytes / 16) {
+    uint4 four;
+    load_shared(four, from + R::kStoredRows);
+    store_shared(to + R::kHalfBytes + thread * 16, four);
   }
 }
 
-template <int kDim>
+template <int kDim, KvFormat kFormat>
 __device__ void produce(const Attention& call, int n_items) {
-  const KvShape& shape = call.pool.shape;
-  const int group = thread_index() % kGroups * kKeyGroup;
-  unsigned half = 0;
-  int job;
-  for (Jobs jobs{n_items * shape.n_kv_heads}; jobs.next(job);) {
-    const QueryTile tile(call, job, n_items);
-    const std::byte* from = call.pool.base + shape.keys_at(call.kv_layer, tile.kv_head) +
-                            thread_index() / 8 * shape.row_bytes() + thread_index() % 8 * 16;
-    const int last_key = tile.item().last_key;
-    int first_key = tile.item().first_key;
-    KeyPlace next = find_keys(call, tile.item(), first_key + group);
-    for (; first_key < last_key; first_key += kKeys) {
-      const std::int64_t place = next.page * shape.page_bytes() + next.slot * shape.row_bytes();
-      next = find_keys(call, tile.item(), first_key + kKeys + group);
-#pragma unroll 1
-      for (int side = 0; side < 2; ++side, ++half) {
-        const Place<kDim> at(half);
-        wait_barrier(Ring<kDim>::empty(at.slot), at.parity ^ 1);
-        copy_half<kDim>(Ring<kDim>::slot(at.slot), call, from + side * shape.side_bytes(), place,
-                        last_key - first_key);
-        arrive_when_copied(Ring<kDim>::full(at.slot));
+  using R = Ring<kDim, kFormat>;
+  Source<kDim, kFormat> source(call, n_items);
+  if constexpr (!R::kScaled) {
+    for (unsigned half = 0; source.advance(); ++half) {
+      const typename R::Place at(half);
+      wait_barrier(R::empty(at.slot), at.parity ^ 1);
+      source.copy(R::slot(at.slot));
+      arrive_when_copied(R::full(at.slot));
+    }
+  } else {
+    unsigned n_started = 0;
+    for (unsigned n = 0;; ++n) {  // starts half n and expands the one before the one before
+      if (n >= R::kStored - 1) {
+        const unsigned half = n - (R::kStored - 1);
+        if (half == n_started) return;
+        wait_copies<R::kStored - 2>();
+        const typename R::Place at(half);
+        wait_barrier(R::empty(at.slot), at.parity ^ 1);
+        expand_half<kDim, kFormat>(shared_address(R::slot(at.slot)),
+                                   shared_address(R::stored(half)), half % 2 == 0);
+        arrive(R::full(at.slot));
       }
+      if (source.advance()) {
+        source.copy(R::stored(n));
+        if (source.side == 0) source.copy_scales(R::stored(n) + R::kStoredRows);
+        ++n_started;
+      }
+      commit_copies();
     }
   }
 }
@@ -189,8 +293,9 @@ __device__ __forceinline__ void load_queries(std::uint32_t (&q)[kDim / 16][4],
 // Starts s = q k^T.
 template <int kDim>
 __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2],
-                                             const std::uint32_t (&q)[kDim / 16][4], int slot) {
-  const Rows keys = describe_rows(Ring<kDim>::slot(slot));
+                                             const std::uint32_t (&q)[kDim / 16][4],
+                                             const std::byte* slot) {
+  const Rows keys = describe_rows(slot);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     multiply_async<kKeys>(s, q[step], advance(keys, step / 4 * kPanelBytes + step % 4 * 32),
@@ -202,8 +307,9 @@ __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2],
 // Starts o += p v.
 template <int kDim>
 __device__ __forceinline__ void start_values(float (&o)[kDim / 2],
-                                             const std::uint32_t (&p)[kSteps][4], int slot) {
-  const Rows values = describe_columns(Ring<kDim>::slot(slot), kPanelBytes);
+                                             const std::uint32_t (&p)[kSteps][4],
+                                             const std::byte* slot) {
+  const Rows values = describe_columns(slot, kPanelBytes);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     multiply_columns_async<kDim>(o, p[step], advance(values, step * 16 * 128), true);
@@ -211,12 +317,25 @@ __device__ __forceinline__ void start_values(float (&o)[kDim / 2],
   commit_products();
 }
 
+// Each key's column by its scale.
+__device__ __forceinline__ void multiply_by(float (&s)[kKeys / 2], unsigned scales) {
+  const unsigned at = scales + static_cast<unsigned>(thread_index() % 4 * 8);
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j) {
+    float2 both;
+    load_shared(both, at + j * 32);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[4 * j + i] *= i % 2 == 0 ? both.x : both.y;
+  }
+}
+
 // Scores become weights; `change` is what sums so far are to be multiplied by. kBorder: some row
-// does not see some key. `scale`: of scores, log2(e) included.
-template <bool kBorder>
+// does not see some key. `scale`: of scores, log2(e) included; `scales`: of keys, in shared memory.
+template <bool kBorder, bool kScaled>
 __device__ __forceinline__ void soften(float (&s)[kKeys / 2], Softmax& rows, float (&change)[2],
-                                       int first_key, float scale) {
+                                       int first_key, float scale, unsigned scales) {
   const int column = thread_index() % 4 * 2;
+  if constexpr (kScaled) multiply_by(s, scales);
   float most[2] = {rows.most[0], rows.most[1]};
 #pragma unroll
   for (int i = 0; i < kKeys / 2; ++i) {
@@ -241,18 +360,23 @@ __device__ __forceinline__ void soften(float (&s)[kKeys / 2], Softmax& rows, flo
   }
 }
 
+template <bool kScaled>
 __device__ __forceinline__ void soften_tile(float (&s)[kKeys / 2], Softmax& rows,
-                                            float (&change)[2], int first_key, float scale) {
+                                            float (&change)[2], int first_key, float scale,
+                                            unsigned scales) {
   // Of the warp's rows the first sees least.
   if (first_key + kKeys <= shuffle(rows.limit[0], 0)) {
-    soften<false>(s, rows, change, first_key, scale);
+    soften<false, kScaled>(s, rows, change, first_key, scale, scales);
   } else {
-    soften<true>(s, rows, change, first_key, scale);
+    soften<true, kScaled>(s, rows, change, first_key, scale, scales);
   }
 }
 
-__device__ __forceinline__ void pack_weights(std::uint32_t (&p)[kSteps][4],
-                                             const float (&s)[kKeys / 2]) {
+// `scales`: of keys, behind which are those of values.
+template <bool kScaled>
+__device__ __forceinline__ void pack_weights(std::uint32_t (&p)[kSteps][4], float (&s)[kKeys / 2],
+                                             unsigned scales) {
+  if constexpr (kScaled) multiply_by(s, scales + kKeys * 4);
 #pragma unroll
   for (int i = 0; i < kKeys / 4; ++i) p[i / 4][i % 4] = pack_bf16x2(s[2 * i], s[2 * i + 1]);
 }
@@ -281,22 +405,23 @@ __device__ __forceinline__ void store_rows(const QueryTile& tile, int first_row,
 
 // A consumer's part in the order of things: its turns at the tensor cores, and slots it is done
 // with.
-template <int kDim>
+template <class R>
 struct Order {
   int consumer;
   unsigned n_turns = 0;
 
+  // Until the halves are there and it is this consumer's turn to start products.
+  __device__ static void wait_full(const typename R::Place& at) {
+    wait_barrier(R::full(at.slot), at.parity);
+  }
   __device__ void wait_turn() {
-    wait_barrier(Ring<kDim>::turn(consumer), (n_turns & 1) ^ (consumer == 0 ? 1 : 0));
+    wait_barrier(R::turn(consumer), (n_turns & 1) ^ (consumer == 0 ? 1 : 0));
     ++n_turns;
-    show_to_products();  // what copies wrote that were waited for
+    show_to_products();  // what was copied and waited for
     start_products();
   }
-  __device__ void pass_turn() const { arrive_once(Ring<kDim>::turn(1 - consumer)); }
-  __device__ static void release(const Place<kDim>& at) { arrive_once(Ring<kDim>::empty(at.slot)); }
-  __device__ static void wait_full(const Place<kDim>& at) {
-    wait_barrier(Ring<kDim>::full(at.slot), at.parity);
-  }
+  __device__ void pass_turn() const { arrive_once(R::turn(1 - consumer)); }
+  __device__ static void release(const typename R::Place& at) { arrive_once(R::empty(at.slot)); }
   __device__ static void arrive_once(Barrier* barrier) {  // by the warp
     sync_warp();
     if (thread_index() % kWarp == 0) arrive(barrier);
@@ -304,9 +429,16 @@ struct Order {
 };
 
 // half: that of the job's first keys.
-template <int kDim>
-__device__ __forceinline__ void consume_job(const QueryTile& tile, Order<kDim>& order,
-                                            unsigned half, float scale) {
+template <int kDim, KvFormat kFormat>
+__device__ __forceinline__ void consume_job(const QueryTile& tile,
+                                            Order<Ring<kDim, kFormat>>& order, unsigned half,
+                                            float scale) {
+  using R = Ring<kDim, kFormat>;
+  using Place = typename R::Place;
+  constexpr bool kScaled = R::kScaled;
+  const auto scales = [](const Place& keys) {
+    return shared_address(R::slot(keys.slot)) + R::kHalfBytes;
+  };
   const int lane = thread_index() % kWarp;
   const int first_row = order.consumer * 64 + thread_index() % kWarpgroup / kWarp * 16 + lane / 4;
   std::uint32_t q[kDim / 16][4], p[kSteps][4];
@@ -317,43 +449,43 @@ __device__ __forceinline__ void consume_job(const QueryTile& tile, Order<kDim>& 
 #pragma unroll
   for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
 
-  Place<kDim> keys(half);
+  Place keys(half);
   order.wait_full(keys);
   order.wait_turn();
-  start_scores<kDim>(s, q, keys.slot);
+  start_scores<kDim>(s, q, R::slot(keys.slot));
   order.pass_turn();
   wait_products<0>();
   hold(s);
-  order.release(keys);
   int first_key = tile.item().first_key;
-  soften_tile(s, rows, change, first_key, scale);
-  pack_weights(p, s);
+  soften_tile<kScaled>(s, rows, change, first_key, scale, scales(keys));
+  pack_weights<kScaled>(p, s, scales(keys));
+  order.release(keys);
   const int last_key = tile.item().last_key;
   for (first_key += kKeys; first_key < last_key; first_key += kKeys, half += 2) {
-    const Place<kDim> values(half + 1);
-    keys = Place<kDim>(half + 2);
+    const Place values(half + 1);
+    keys = Place(half + 2);
     order.wait_full(values);
     order.wait_full(keys);
     order.wait_turn();
-    start_scores<kDim>(s, q, keys.slot);
-    start_values<kDim>(o, p, values.slot);
+    start_scores<kDim>(s, q, R::slot(keys.slot));
+    start_values<kDim>(o, p, R::slot(values.slot));
     order.pass_turn();
-    wait_products<1>();
+    wait_products<kScaled ? 0 : 1>();  // for o too: scales need registers, and p has them
     hold(s);
-    order.release(keys);
-    soften_tile(s, rows, change, first_key, scale);
+    order.release(kScaled ? values : keys);
+    soften_tile<kScaled>(s, rows, change, first_key, scale, scales(keys));
     wait_products<0>();
     hold(o);
     hold(s);
-    order.release(values);
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) o[i] *= change[i / 2 % 2];
-    pack_weights(p, s);
+    pack_weights<kScaled>(p, s, scales(keys));
+    order.release(kScaled ? keys : values);
   }
-  const Place<kDim> values(half + 1);
+  const Place values(half + 1);
   order.wait_full(values);
   order.wait_turn();
-  start_values<kDim>(o, p, values.slot);
+  start_values<kDim>(o, p, R::slot(values.slot));
   order.pass_turn();
   wait_products<0>();
   hold(o);
@@ -361,62 +493,75 @@ __device__ __forceinline__ void consume_job(const QueryTile& tile, Order<kDim>& 
   store_rows<kDim>(tile, first_row, rows, o);
 }
 
-template <int kDim>
+template <int kDim, KvFormat kFormat>
 __device__ void consume(const Attention& call, int n_items, float scale) {
-  Order<kDim> order{thread_index() / kWarpgroup - 1};
+  Order<Ring<kDim, kFormat>> order{thread_index() / kWarpgroup - 1};
   unsigned half = 0;
   int job;
   for (Jobs jobs{n_items * call.pool.shape.n_kv_heads}; jobs.next(job);) {
     const QueryTile tile(call, job, n_items);
-    consume_job<kDim>(tile, order, half, scale);
-    half += 2 * static_cast<unsigned>(n_key_tiles(tile));
+    consume_job<kDim, kFormat>(tile, order, half, scale);
+    const int n_keys = tile.item().last_key - tile.item().first_key;
+    half += 2 * static_cast<unsigned>(divide_up(n_keys, kKeys));
   }
 }
 
 // One block of three warpgroups for each multiprocessor.
-template <int kDim>
+template <int kDim, KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_many_kernel(const __grid_constant__ Attention call, int n_items, float scale) {
-  if (thread_index() == 0) Ring<kDim>::init();
+  if (thread_index() == 0) Ring<kDim, kFormat>::init();
   sync_block();
   if (thread_index() < kWarpgroup) {
-    give_registers<kProducerRegisters>();
-    produce<kDim>(call, n_items);
+    give_registers<Ring<kDim, kFormat>::kProducerRegisters>();
+    produce<kDim, kFormat>(call, n_items);
   } else {
-    take_registers<kConsumerRegisters>();
-    consume<kDim>(call, n_items, scale);
+    take_registers<Ring<kDim, kFormat>::kConsumerRegisters>();
+    consume<kDim, kFormat>(call, n_items, scale);
   }
 }
 
 // ---- choose and launch ----
 
-template <int kDim>
+template <int kDim, KvFormat kFormat>
 void launch_kernel(const Attention& call, int n_items, const Launch& sized) {
   Launch how = sized;
-  how.shared_bytes = Ring<kDim>::kBytes;
-  launch("attend_many", attend_many_kernel<kDim>, how, call, n_items, score_scale(call.pool.shape));
+  how.shared_bytes = Ring<kDim, kFormat>::kBytes;
+  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call, n_items,
+         score_scale(call.pool.shape));
+}
+
+template <int kDim>
+void launch_format(const Attention& call, int n_items, const Launch& how) {
+  switch (call.pool.shape.format) {
+    case KvFormat::kBf16:
+      return launch_kernel<kDim, KvFormat::kBf16>(call, n_items, how);
+    case KvFormat::kE4m3:
+      return launch_kernel<kDim, KvFormat::kE4m3>(call, n_items, how);
+    case KvFormat::kInt8:
+      return launch_kernel<kDim, KvFormat::kInt8>(call, n_items, how);
+  }
 }
 
 }  // namespace
 
 bool attend_many_fits(const KvShape& shape) {
   const int instance = padded_head_dim(shape.head_dim);
-  return shape.format == KvFormat::kBf16 && (instance == 64 || instance == 128);
+  return instance == 64 || instance == 128;
 }
 
 void attend_many(const Attention& call, int n_items, int multiprocessors, cudaStream_t stream) {
   check_attend_many(call, n_items);
   if (!attend_many_fits(call.pool.shape)) {
-    fail(ErrorCode::kUnsupported,
-         "[cuda] attend_many: Hopper's own reads bf16 of head_dim up to 128.");
+    fail(ErrorCode::kUnsupported, "[cuda] attend_many: Hopper's own has head_dim up to 128.");
   }
   if (n_items == 0) return;
   Launch how;
   how.blocks = std::min(n_items * call.pool.shape.n_kv_heads, multiprocessors);
   how.threads = kThreads;
   how.stream = stream;
-  (padded_head_dim(call.pool.shape.head_dim) == 64 ? launch_kernel<64>
-                                                   : launch_kernel<128>)(call, n_items, how);
+  (padded_head_dim(call.pool.shape.head_dim) == 64 ? launch_format<64>
+                                                   : launch_format<128>)(call, n_items, how);
 }
 
 }  // namespace camelid::cuda::sm90
