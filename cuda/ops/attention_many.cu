@@ -25,10 +25,6 @@
 
 #include "ops/attention_many.cuh"
 
-#include <cmath>
-
-#include "device/dequant.cuh"
-
 namespace camelid::cuda {
 namespace {
 
@@ -58,36 +54,20 @@ struct Memory {
   static constexpr int kScalesAt = kQueriesBehind + (kQueriesStay ? kHalfBytes : 0);
   static constexpr int kScalesBytes = kKeyTile * 4;  // of a half
   // Of two tiles: keys' scales and then values'.
-  static constexpr int kBytes = kScalesAt + (kScaled ? 4 * kScalesBytes : 0);
+  static constexpr int kLimitsAt = kScalesAt + (kScaled ? 4 * kScalesBytes : 0);
+  static constexpr int kBytes = kLimitsAt + kManyQueries * 4;
   static_assert(kBytes <= 99 * 1024);
 
+  // Of each row, one past the last key it sees.
+  __device__ static int& limit(int row) {
+    return reinterpret_cast<int*>(shared_memory() + kLimitsAt)[row];
+  }
   __device__ static unsigned row_piece(int row, int piece) {
     return static_cast<unsigned>(row * kRowBytes + (piece ^ row % 8) * 16);
   }
 };
 
 // ---- kernel: copies ----
-
-// Sixteen stored values, as two pieces of bf16, exactly.
-template <KvFormat kFormat>
-__device__ __forceinline__ std::uint32_t expand_pair(std::uint32_t word, int pair) {
-  if constexpr (kFormat == KvFormat::kE4m3) {
-    // Each byte on top of its half. Moved by 4 bits, exponent and mantissa are where bf16 has them;
-    // the exponent's bias is 7 instead of 127.
-    const std::uint32_t bytes = select_bytes(word, 0, pair == 0 ? 0x1404u : 0x3424u);
-    return multiply_bf16x2(mask_or(bytes >> 4, 0x07f007f0u, bytes & 0x80008000u),
-                           0x7b807b80u /* 2^120 */);
-  } else {
-    return from_int8<0>(select_bytes(word, 0, pair == 0 ? 0x4140u : 0x4342u));
-  }
-}
-template <KvFormat kFormat>
-__device__ __forceinline__ void expand_piece(uint4 (&to)[2], const uint4& from) {
-  to[0] = {expand_pair<kFormat>(from.x, 0), expand_pair<kFormat>(from.x, 1),
-           expand_pair<kFormat>(from.y, 0), expand_pair<kFormat>(from.y, 1)};
-  to[1] = {expand_pair<kFormat>(from.z, 0), expand_pair<kFormat>(from.z, 1),
-           expand_pair<kFormat>(from.w, 0), expand_pair<kFormat>(from.w, 1)};
-}
 
 // A ring of halves, and this thread's share of filling it: a piece of every kApart-th row.
 template <int kDim, KvFormat kFormat>
@@ -282,9 +262,8 @@ __device__ __forceinline__ void multiply_values(float (&o)[kDim / 8][4],
   }
 }
 
-// Of this lane's rows g and g + 8: the keys they see, and the softmax so far.
+// The softmax so far of this lane's rows g and g + 8.
 struct Rows {
-  int limit[2];
   float most[2];  // the largest score
   float sum[2];   // of this lane's columns alone
 };
@@ -297,7 +276,9 @@ __device__ __forceinline__ void soften(float (&s)[kScoreTiles][4], float (&o)[kD
                                        std::uint32_t (&p)[kKeyTile / 16][4], Rows& rows,
                                        int first_key, float scale, unsigned scales) {
   using M = Memory<kDim, kFormat>;
-  const int column = not_before(thread_index()) % 4 * 2;
+  const int thread = not_before(thread_index()), column = thread % 4 * 2;
+  const int row = thread / kWarp * 16 + thread % kWarp / 4;
+  const int limits[2] = {kBorder ? M::limit(row) : 0, kBorder ? M::limit(row + 8) : 0};
   scales += static_cast<unsigned>(column * 4);
   float most[2] = {rows.most[0], rows.most[1]};
 #pragma unroll
@@ -307,7 +288,7 @@ __device__ __forceinline__ void soften(float (&s)[kScoreTiles][4], float (&o)[kD
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (M::kScaled) s[j][i] *= i % 2 == 0 ? of_keys.x : of_keys.y;
-      if (kBorder && first_key + j * 8 + column + i % 2 >= rows.limit[i / 2]) s[j][i] = -INFINITY;
+      if (kBorder && first_key + j * 8 + column + i % 2 >= limits[i / 2]) s[j][i] = -INFINITY;
       most[i / 2] = max(most[i / 2], s[j][i]);
     }
   }
@@ -367,39 +348,38 @@ __device__ void store_result(const QueryTile& tile, const Rows& rows,
   }
 }
 
-// Blocks that share a multiprocessor, if their registers let them; shared memory for 8 bits is
-// enough for two on sm_80.
+// Blocks that share a multiprocessor of sm_80, if their registers let them. Shared memory for 8 bits
+// has room for one less.
 template <int kDim, KvFormat kFormat>
 constexpr int blocks_together() {
-  return kDim == 64 ? 4 : kDim == 256 ? 1 : kFormat == KvFormat::kBf16 ? 3 : 2;
+  if (kDim == 256) return 1;
+  return (kDim == 64 ? 4 : 3) - (Memory<kDim, kFormat>::kScaled ? 1 : 0);
 }
 
 template <int kDim, KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kFormat>()))
-    attend_many_kernel(const __grid_constant__ Attention call, int n_items) {
+    attend_many_kernel(const __grid_constant__ Attention call, int n_items, float scale) {
   using M = Memory<kDim, kFormat>;
   const QueryTile tile(call, block_index(), n_items);
   Queries<kDim, kFormat> queries;
   queries.start(tile);
+  if (thread_index() < kManyQueries) M::limit(thread_index()) = tile.limit(thread_index());
   Ring<kDim, kFormat> ring(tile);
   queries.template finish<M::kSlots - 1>();
 
-  const int lane = thread_index() % kWarp, first_row = thread_index() / kWarp * 16;
-  Rows rows{{tile.limit(first_row + lane / 4), tile.limit(first_row + lane / 4 + 8)},
-            {-INFINITY, -INFINITY},
-            {0.0f, 0.0f}};
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(call.pool.shape.head_dim));  // log2(e)
+  Rows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
   float o[kDim / 8][4] = {};
-  int first_key = tile.item().first_key;
-  for (int n = 0; 2 * n < ring.n_halves; ++n, first_key += kKeyTile) {
-    const bool busy = first_key < shuffle(rows.limit[1], kWarp - 1);  // of the warp's last row
+  while (ring.half < ring.n_halves) {
+    const int n = ring.half / 2, first_key = tile.item().first_key + n * kKeyTile;
+    const int first_row = thread_index() / kWarp * 16;
+    const bool busy = first_key < M::limit(first_row + 15);
     std::uint32_t p[kKeyTile / 16][4];
     const unsigned keys = ring.use();
     if (busy) {
       float s[kScoreTiles][4];
       multiply_keys(s, queries, keys);
       const unsigned scales = ring.scales(n % 2);
-      if (first_key + kKeyTile <= shuffle(rows.limit[0], 0)) {  // of its first row
+      if (first_key + kKeyTile <= M::limit(first_row)) {
         soften<kDim, kFormat, false>(s, o, p, rows, first_key, scale, scales);
       } else {
         soften<kDim, kFormat, true>(s, o, p, rows, first_key, scale, scales);
@@ -420,7 +400,8 @@ void launch_kernel(const Attention& call, int n_items, cudaStream_t stream) {
   how.threads = kThreads;
   how.shared_bytes = Memory<kDim, kFormat>::kBytes;
   how.stream = stream;
-  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call, n_items);
+  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call, n_items,
+         score_scale(call.pool.shape));
 }
 
 template <int kDim>
@@ -463,9 +444,9 @@ void check_attend_many(const Attention& call, int n_items) {
 void attend_many(const Attention& call, int n_items, int /*multiprocessors*/, cudaStream_t stream) {
   check_attend_many(call, n_items);
   if (n_items == 0) return;
-  const int head_dim = call.pool.shape.head_dim;
-  (head_dim <= 64    ? launch_format<64>
-   : head_dim <= 128 ? launch_format<128>
+  const int instance = padded_head_dim(call.pool.shape.head_dim);
+  (instance == 64    ? launch_format<64>
+   : instance == 128 ? launch_format<128>
                      : launch_format<256>)(call, n_items, stream);
 }
 

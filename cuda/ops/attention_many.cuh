@@ -1,8 +1,10 @@
 // What the kernels of attention of many queries share, here and on Hopper: which keys a query of a
-// tile sees, where it and its result lie, and in which pages keys lie. No arithmetic on values.
+// tile sees, where it and its result lie, and in which pages keys lie.
 #pragma once
 
-#include "device/ptx.cuh"
+#include <cmath>
+
+#include "device/kv.cuh"
 #include "ops/attention.h"
 
 namespace camelid::cuda {
@@ -51,6 +53,27 @@ __device__ inline KeyPlace find_keys(const Attention& call, const AttentionItem&
   const int page_size = call.pool.shape.page_size;
   if (key >= item.last_key) return {0, 0};
   return {call.page_table[item.page_list + key / page_size], key % page_size};
+}
+
+// Sixteen stored values, as two pieces of bf16.
+template <KvFormat kFormat>
+__device__ __forceinline__ void expand_piece(uint4 (&to)[2], const uint4& from) {
+  const std::uint32_t words[4] = {from.x, from.y, from.z, from.w};
+  std::uint32_t pairs[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    std::uint32_t even, odd;
+    expand_bytes<kFormat>(words[i], even, odd);
+    pairs[2 * i] = select_bytes(even, odd, 0x5410);
+    pairs[2 * i + 1] = select_bytes(even, odd, 0x7632);
+  }
+  to[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  to[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
+}
+
+// Of scores before exp2.
+inline float score_scale(const KvShape& shape) {
+  return 1.44269504f /* log2(e) */ / std::sqrt(static_cast<float>(shape.head_dim));
 }
 
 // Throws where `call` cannot be; ops/attention.h.
