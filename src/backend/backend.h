@@ -15,6 +15,8 @@
 
 namespace camelid {
 
+class Clock;
+
 // Device memory that frees itself. On the CPU untouched pages cost nothing.
 struct Buffer {
   std::shared_ptr<void> data;
@@ -122,6 +124,7 @@ class Backend {
   virtual Buffer upload(std::span<const float> values) = 0;
   // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
   virtual void prepare(Experts& experts) = 0;
+  virtual std::unique_ptr<Clock> make_clock() = 0;  // of the calls from here on
 
   virtual void begin(const StepPlan& plan) = 0;           // plan outlives the step
   virtual void embed(Tensor y, const Matrix& table) = 0;  // of the plan's tokens
