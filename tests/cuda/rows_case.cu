@@ -105,7 +105,7 @@ int case_store_kv(const CaseKv* c) {
 }
 
 // sizes: bytes of a page, of a side, of a row, and from a side to its scales.
-void case_kv_sizes(const CaseKv* c, std::int64_t* sizes) {
+void case_store_kv_sizes(const CaseKv* c, std::int64_t* sizes) {
   const KvShape shape = kv_shape_of(*c);
   sizes[0] = shape.page_bytes();
   sizes[1] = shape.side_bytes();
