@@ -306,15 +306,15 @@ __device__ Bounds load_parts(Merge& merge, const Shape& shape, const Parts& part
   for (int i = 3; i >= 0; --i) {
     if (!is_finite(sums.at[i])) bad = Mine::group(i / 2, 0) / 2 + i % 2;
   }
-  const auto of_lanes = [&](int least_mask) {
+  const auto of_lanes = [&] {
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
       high = max(high, shuffle_xor(high, mask));
-      if (mask >= least_mask) low = min(low, shuffle_xor(low, mask));
+      low = min(low, shuffle_xor(low, mask));
       bad = min(bad, shuffle_xor(bad, mask));
     }
   };
-  of_lanes(4);
+  of_lanes();
   if (lane == 0) {
     merge.largest[warp] = high;
     merge.least[warp] = low;
@@ -324,7 +324,7 @@ __device__ Bounds load_parts(Merge& merge, const Shape& shape, const Parts& part
   high = merge.largest[lane % kWarps];
   low = merge.least[lane % kWarps];
   bad = merge.bad[lane % kWarps];
-  of_lanes(1);
+  of_lanes();
   return {low, high, bad};
 }
 
@@ -530,6 +530,7 @@ void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_
   how.threads = kThreads;
   how.shared_bytes = sizeof(Merge);
   how.stream = stream;
+  how.overlaps = true;
   launch("top_logits", top_logits_kernel, how, out, logits, shape, scratch, counters);
 }
 

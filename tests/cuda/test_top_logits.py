@@ -102,6 +102,9 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Array]] = {
     "129 good ones": lambda rng, n: np.where(rng.permutation(n) < 129, 50.0, -1e30),
     "127 good ones": lambda rng, n: np.where(rng.permutation(n) < 127, 50.0, 0.0),
     "best in one group": lambda rng, n: rng.random(n) + 5.0 * (np.arange(n) // 64 == 7),
+    "equal at the ends of groups": lambda rng, n: np.where(
+        np.arange(n) % 64 == 63, 1, rng.random(n)
+    ),
     "best in one thread's groups": lambda rng, n: rng.random(n) + 5.0 * (np.arange(n) < 256),
 }
 
@@ -110,8 +113,9 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Array]] = {
 def test_logits_of_every_kind(device: Device, kind: str) -> None:
     device.arrange(seed=len(kind))
     rng = np.random.default_rng(len(kind))
-    logits = np.stack([KINDS[kind](rng, n) for n in (9000, 9000)]).astype(np.float32)
-    check(run(device, logits), logits)
+    for vocab in (9000, 40_000):  # less and more groups than are looked at
+        logits = KINDS[kind](rng, vocab).astype(np.float32)[None]
+        check(run(device, logits), logits)
 
 
 # ---- the same every time ----
