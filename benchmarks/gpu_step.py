@@ -210,11 +210,26 @@ def work_of_call(config: ModelConfig, call: dict[str, Any], n: int, position: in
     return Work()
 
 
+def fitting_layers(config: ModelConfig, memory_bytes: float) -> int:
+    """Return how many layers, whole groups of local ones and a global one, leave a quarter free.
+
+    All of them where nobody knows the memory; at least one group.
+    """
+    every = limits.experts(config, 1 << 20).n_bytes  # of all experts
+    layer = every + limits.qkv(config, 1).n_bytes + limits.output(config, 1).n_bytes
+    ends = limits.head(config, 1).n_bytes + 2 * config.vocab_size * config.dim
+    fitting = int((0.75 * memory_bytes - ends) / layer) // 4 * 4
+    return config.n_layers if not memory_bytes else min(config.n_layers, max(4, fitting))
+
+
 def measure(args: argparse.Namespace, peaks: dict[str, Any]) -> dict[str, Any]:
     """Return the record of everything."""
+    machine = peaks.pop("machine", {"gpu": args.device})
     config = config_of(args.shape, args.layers)
+    if args.layers is None:
+        config = config_of(args.shape, fitting_layers(config, machine.get("memory_bytes", 0)))
     rows: list[Row] = []
-    record = records.gpu_head("gpu_step", peaks.pop("machine", {"gpu": args.device}))
+    record = records.gpu_head("gpu_step", machine)
     for kv in args.kv:
         started = time.perf_counter()
         engine = open_engine(RandomModel(config), device=args.device, kv_cache=kv,
@@ -333,7 +348,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--library", type=Path, help="what tools/gpu_check built, for the peaks")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", choices=SHAPES, default="scout")
-    parser.add_argument("--layers", type=int, help="fewer than the shape's own")
+    parser.add_argument("--layers", type=int, help="fewer than the shape's own, or than fit")
     parser.add_argument("--kv", type=lambda text: text.split(","), default=["bf16", "fp8"])
     parser.add_argument("--batches", type=numbers, default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=8192, help="tokens (default 8192)")

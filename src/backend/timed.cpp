@@ -41,7 +41,7 @@ void TimedBackend::mark(std::string name) {
 }
 
 void TimedBackend::open_step() {
-  close_step();  // one that ended without a download
+  close_step();  // one that threw
   if (grain_ == Grain::kNothing) return;
   in_step_ = true;
   clock_->hold();
@@ -54,10 +54,19 @@ void TimedBackend::close_step() {
   clock_->release();
 }
 
-void TimedBackend::begin(const StepPlan& plan) {
+bool TimedBackend::begin(const StepPlan& plan) {
   open_step();
-  backend_->begin(plan);
+  if (grain_ != Grain::kCalls) return backend_->begin(plan);
+  plan_ = plan;
+  plan_.repeatable = false;
+  const bool must_call = backend_->begin(plan_);
   called([] { return "begin"; });
+  return must_call;
+}
+
+void TimedBackend::end() {
+  backend_->end();
+  close_step();
 }
 
 void TimedBackend::embed(Tensor y, const Matrix& table) {
@@ -124,11 +133,6 @@ void TimedBackend::select_rows(Tensor y, Tensor x) {
 void TimedBackend::upload_rows(Tensor y, const float* rows) {
   backend_->upload_rows(y, rows);
   called([] { return "upload_rows"; });
-}
-
-void TimedBackend::download(float* out, Tensor x) {
-  close_step();
-  backend_->download(out, x);
 }
 
 }  // namespace camelid

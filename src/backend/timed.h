@@ -52,8 +52,10 @@ class TimedBackend final : public Backend {
   Buffer upload(std::span<const float> values) override { return backend_->upload(values); }
   void prepare(Experts& experts) override { backend_->prepare(experts); }
   std::unique_ptr<Clock> make_clock() override { return backend_->make_clock(); }
+  void download(float* out, Tensor x) override { backend_->download(out, x); }
 
-  void begin(const StepPlan& plan) override;
+  bool begin(const StepPlan& plan) override;
+  void end() override;
   void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
@@ -67,7 +69,6 @@ class TimedBackend final : public Backend {
   void experts(Tensor y, Tensor x, const Experts& w) override;
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
-  void download(float* out, Tensor x) override;
 
  private:
   void open_step();
@@ -82,6 +83,7 @@ class TimedBackend final : public Backend {
   std::unique_ptr<Clock> clock_;
   Grain grain_ = Grain::kNothing;
   bool in_step_ = false;
+  StepPlan plan_;                   // of the step under way, as one that nothing may have recorded
   std::vector<std::string> names_;  // of the times between marks; empty: between two steps
 };
 
