@@ -66,8 +66,8 @@ class Engine {
   // pixels: [n_tiles, channels, image_size, image_size]; returns [n_tiles, tokens_per_tile, dim].
   std::vector<float> encode_image(std::span<const float> pixels);
 
-  // Measures the device's part of all steps until stop_timeline(). Throws kInvalidRequest unless the
-  // options said `timed`.
+  // Measures the device's part of all steps until stop_timeline(). Throws kInvalidRequest unless
+  // the options said `timed`.
   void start_timeline(Grain grain);
   std::vector<TimedCall> stop_timeline();
 

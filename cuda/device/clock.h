@@ -31,8 +31,8 @@ class Moment {
   cudaEvent_t event_ = nullptr;
 };
 
-// The stream waits at close() for open(), but no longer than kMostHeld: whoever waits for the stream
-// without opening only waits longer. Outlives what the stream was asked for.
+// The stream waits at close() for open(), but no longer than kMostHeld: whoever waits for the
+// stream without opening only waits longer. Outlives what the stream was asked for.
 class Gate {
  public:
   void close(cudaStream_t stream) {

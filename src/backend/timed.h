@@ -13,8 +13,8 @@
 
 namespace camelid {
 
-// What is measured: nothing, each call of a step by itself, or the step as a whole, which leaves the
-// device all its ways of letting neighbours overlap.
+// What is measured: nothing, each call of a step by itself, or the step as a whole, which leaves
+// the device all its ways of letting neighbours overlap.
 enum class Grain : std::uint8_t { kNothing, kCalls, kSteps };
 
 // On the device's timeline, without the time it waited for the host.

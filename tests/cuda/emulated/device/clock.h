@@ -1,5 +1,5 @@
-// The twin of cuda/device/clock.h on the CPU: a moment is when its stream has done what came before,
-// and nothing need be held up, since nothing runs in between.
+// The twin of cuda/device/clock.h on the CPU: a moment is when its stream has done what came
+// before, and nothing need be held up, since nothing runs in between.
 #pragma once
 
 #include <chrono>
