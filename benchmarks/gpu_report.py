@@ -56,8 +56,8 @@ BARS = (
         "decode attention, 1 x 8192 keys, bf16", "", 0.50, 0.80),
     Bar("prefill attention, causal 16K, bf16", "gpu_attention",
         "prefill attention, causal, 16384 tokens, bf16", "", 0.65, 0.87),
-    Bar("decode step, batch 1, 8K", "gpu_step", "decode, 1 sequences, 8192", "bf16", 0.60, 0.88),
-    Bar("decode step, batch 64, 8K", "gpu_step", "decode, 64 sequences, 8192", "", 0.60, 0.85),
+    Bar("decode step, batch 1, 8K", "gpu_step", "decode, batch 1, 8192", "bf16", 0.60, 0.88),
+    Bar("decode step, batch 64, 8K", "gpu_step", "decode, batch 64, 8192", "", 0.60, 0.85),
     Bar("prefill of 8K", "gpu_step", "prefill, 8192 tokens, 8192", "", 0.60, 0.85),
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ def waited_us(found: dict[str, Record]) -> float | None:
     """Return how long the GPU waits for the host in a step of one sequence, at best."""
     rows = found.get("gpu_step", {}).get("rows", [])
     waits = [1000 * (median(row["ms"]) - median(row["device_ms"]))
-             for row in rows if row["name"].startswith("decode, 1 sequences")]  # fmt: skip
+             for row in rows if row["name"].startswith("decode, batch 1")]  # fmt: skip
     return min(waits, default=None)
 
 

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import limits  # noqa: E402
 import records  # noqa: E402
 from limits import Work  # noqa: E402
-from random_model import SHAPES, RandomModel, config_of, open_engine  # noqa: E402
+from random_model import ALL_SHAPES, RandomModel, config_of, open_engine  # noqa: E402
 
 if TYPE_CHECKING:
     from camelid import _core
@@ -152,7 +152,7 @@ def measure_decode(
     if n == 0:
         print(f"[gpu_step] no room for {args.context} tokens of {kv} KV: decoding is left out")
         return None
-    name = f"decode, {n} sequences, {args.context} tokens each"
+    name = f"decode, batch {n}, {args.context} tokens each"
     if n < wanted:
         name += f" ({wanted} wanted, no KV memory for more)"
     with sequences(engine, config, n) as running:
@@ -347,7 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--library", type=Path, help="what tools/gpu_check built, for the peaks")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", choices=SHAPES, default="scout")
+    parser.add_argument("--shape", choices=ALL_SHAPES, default="scout")
     parser.add_argument("--layers", type=int, help="fewer than the shape's own, or than fit")
     parser.add_argument("--kv", type=lambda text: text.split(","), default=["bf16", "fp8"])
     parser.add_argument("--batches", type=numbers, default=[1, 8, 64])

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools")]
 sys.path.append(str(ROOT / "python"))  # where nobody installed it
 
 from camelid.config import ModelConfig, parse_config  # noqa: E402
@@ -34,33 +35,14 @@ from camelid.layout import (  # noqa: E402
     shared_linears,
 )
 from camelid.sources import LayerSources, LinearSource  # noqa: E402
+from shapes import SHAPES  # noqa: E402
 
 if TYPE_CHECKING:
     from camelid import _core
 
-SCOUT: dict[str, Any] = {
-    "architectures": ["Llama4ForCausalLM"],
-    "model_type": "llama4_text",
-    "vocab_size": 202048,
-    "hidden_size": 5120,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "intermediate_size_mlp": 16384,
-    "num_local_experts": 16,
-    "num_experts_per_tok": 1,
-    "interleave_moe_layer_step": 1,
-    "use_qk_norm": True,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "attention_chunk_size": 8192,
-    "max_position_embeddings": 1048576,
-    "tie_word_embeddings": False,
-}
+LAYERS, VOCAB = 48, 202048  # of both released models
 # Of the same kinds of layers, for the emulated GPU.
-TINY = SCOUT | {
+TINY = SHAPES["scout"] | {
     "vocab_size": 512,
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -73,7 +55,7 @@ TINY = SCOUT | {
     "attention_chunk_size": 64,
     "max_position_embeddings": 1024,
 }
-SHAPES = {"scout": SCOUT, "tiny": TINY}
+ALL_SHAPES = SHAPES | {"tiny": TINY}
 
 GROUP = 128
 BODY_SCALE = 2.0**-9  # of codes -8 to 7: an output is 0.6 of a normed input's size
@@ -81,7 +63,7 @@ EMBEDDING_SIZE, HEAD_SIZE = 0.5, 2.0**-6  # values lie between this and twice th
 
 
 def config_of(shape: str, n_layers: int | None) -> ModelConfig:
-    data = SHAPES[shape]
+    data = {"num_hidden_layers": LAYERS, "vocab_size": VOCAB} | ALL_SHAPES[shape]
     return parse_config(data if n_layers is None else data | {"num_hidden_layers": n_layers})
 
 

@@ -34,8 +34,8 @@ def folder(tmp_path: Path) -> Path:
         "benchmark": "gpu_step",
         "memory": {"weight_bytes": 57_600_000_000},
         "model": {"shape": "scout", "n_layers": 48, "context": 8192},
-        "rows": [step("decode, 1 sequences, 8192 tokens each", "bf16", 2.5, 2.46),
-                 step("decode, 64 sequences, 8192 tokens each", "fp8", 4.0, 3.9)],
+        "rows": [step("decode, batch 1, 8192 tokens each", "bf16", 2.5, 2.46),
+                 step("decode, batch 64, 8192 tokens each", "fp8", 4.0, 3.9)],
     }  # fmt: skip
     for i, record in enumerate((attention | {"rows": []}, attention, steps)):
         path = tmp_path / f"{i}.json"

@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dic
     (path,) = tmp_path.glob("*-gpu-step-some-gpu.json")
     report = path.with_suffix(".md").read_text()
     assert "nan" not in report
-    assert "decode, 3 sequences" in report
+    assert "decode, batch 3" in report
     record: dict[str, Any] = json.loads(path.read_text())
     return record
 
@@ -46,7 +46,7 @@ def test_every_kind_of_step_is_measured_and_written_down(
     assert [(row["name"], row["kv"]) for row in record["rows"]] == [
         (name, kv)
         for kv in ("bf16", "int8")
-        for name in ("decode, 1 sequences, 48 tokens each", "decode, 3 sequences, 48 tokens each",
+        for name in ("decode, batch 1, 48 tokens each", "decode, batch 3, 48 tokens each",
                      "prefill, 48 tokens, 16 a step", "prefill, 48 tokens, 48 a step")
     ]  # fmt: skip
     assert record["model"] == {"shape": "tiny", "n_layers": 4, "context": 48}
@@ -84,7 +84,7 @@ def test_fewer_sequences_where_there_is_no_memory_for_all(
     row = gpu_step.measure_decode(small, TINY, "bf16", 5, args)
     assert row is not None
     assert row.n_tokens == 2
-    assert "2 sequences, 48 tokens each (5 wanted" in row.name
+    assert "batch 2, 48 tokens each (5 wanted" in row.name
 
 
 @pytest.mark.parametrize(
