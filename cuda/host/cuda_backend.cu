@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "host/stream_clock.h"
 #include "ops/attention.h"
 #include "ops/store_kv.h"
 #include "ops/top_logits.h"
@@ -132,6 +133,11 @@ Buffer CudaBackend::upload(std::span<const float> values) {
 void CudaBackend::prepare(Experts& experts) {
   use();
   feed_forward_.prepare(experts, uploader_);
+}
+
+std::unique_ptr<Clock> CudaBackend::make_clock() {
+  use();
+  return std::make_unique<StreamClock>(gpu_.stream);
 }
 
 // ---- a step ----

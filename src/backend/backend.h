@@ -16,6 +16,8 @@
 
 namespace camelid {
 
+class Clock;
+
 // Device memory that frees itself. On the CPU untouched pages cost nothing.
 struct Buffer {
   std::shared_ptr<void> data;
@@ -126,6 +128,7 @@ class Backend {
   virtual Buffer upload(std::span<const float> values) = 0;
   // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
   virtual void prepare(Experts& experts) = 0;
+  virtual std::unique_ptr<Clock> make_clock() = 0;  // of the calls from here on
 
   // Starts a step; `plan` outlives it. False where the calls up to end() need not be made: they were
   // recorded at an earlier step of the same kind, and end() makes them again.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/clock.h"
 #include "base/arena.h"
 #include "base/error.h"
 #include "cpu/experts.h"
@@ -73,6 +74,7 @@ class CpuBackend final : public Backend {
   }
 
   void prepare(Experts&) override {}
+  std::unique_ptr<Clock> make_clock() override { return std::make_unique<HostClock>(); }
 
   bool begin(const StepPlan& plan) override {
     plan_ = &plan;
