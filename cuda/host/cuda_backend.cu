@@ -8,6 +8,7 @@
 #include "ops/attention.h"
 #include "ops/store_kv.h"
 #include "ops/top_logits.h"
+#include "sm90/attention_many.h"
 
 namespace camelid::cuda {
 namespace {
@@ -34,7 +35,7 @@ CudaBackend::CudaBackend(int ordinal, int n_threads)
       uploader_(gpu_.stream),
       products_(gpu_),
       feed_forward_(gpu_, products_),
-      step_(gpu_.stream) {}
+      step_(gpu_) {}
 
 std::size_t CudaBackend::element_bytes(Role role) const {
   return role == Role::kSum ? sizeof(float) : sizeof(std::uint16_t);
@@ -250,7 +251,8 @@ void CudaBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   }
   if (kind.n_many > 0) {
     call.items = kind.many;
-    attend_many(call, kind.n_many, gpu_.multiprocessors, gpu_.stream);
+    const auto attend = kind.hopper_many ? sm90::attend_many : attend_many;
+    attend(call, kind.n_many, gpu_.multiprocessors, gpu_.stream);
   }
 }
 
