@@ -157,8 +157,8 @@ def prefill_rows(gpu: Gpu, model: Attention, l2_bytes: int) -> Iterator[Row]:
     for n_tokens, forms in model.prompts:
         for form in forms:
             pages = Pages(gpu, model, form, 1, n_tokens, l2_bytes)
-            # As the engine chooses; sm90/attention_many.h reads no other format.
-            hopper = gpu.info()["capability"] == 90 and form == "bf16"
+            # As the engine chooses: sm90/attention_many.h reads no larger heads.
+            hopper = gpu.info()["capability"] == 90 and model.head_dim <= 128
             items = tiles(n_tokens, model.n_heads // model.n_kv_heads, MANY_QUERIES[hopper])
             q, y = queries(gpu, model, n_tokens)
             rest = (gpu.device.put(items.view(np.int32)), pages.table, q, y)
