@@ -43,6 +43,8 @@ MEANT = {
     "run_matmul_few": _STREAM,
     "run_experts_few": _STREAM,
     "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
+    "run_attention_few": _STREAM[:2],
+    "run_attention_few.*KvFormatE0": (_STREAM[2], r"LDSM\.16\.MT88\.4"),  # bf16
     r"4cuda\d\d_GLOBAL_.*grouped_many_kernel": _STREAM[:2],
     r"4cuda4sm90.*grouped_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
     r"4cuda\d\d_GLOBAL_.*attend_many_kernel": (*_STREAM, r"LDSM\.16\.MT88\.4"),
