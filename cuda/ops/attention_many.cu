@@ -121,12 +121,13 @@ struct Ring {
   // item's, and dimensions past the head's, become zeros.
   template <bool kWhole>
   __device__ void copy_rows(unsigned slot, const std::byte* from, int thread, int n_keys) const {
+    constexpr int kTogether = kWhole ? kEach : 2;
     const int piece = thread % kPieces, row = thread / kPieces;
     const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
     const int n_bytes = call.pool.shape.head_dim * (M::kScaled ? 1 : 2) - piece * 16;
     const unsigned to = M::kScaled ? static_cast<unsigned>(thread * 16) : M::row_piece(row, piece);
     from += piece * 16 + row % kKeyGroup * call.row_bytes;
-#pragma unroll kWhole ? kEach : 2
+#pragma unroll kTogether
     for (int i = 0; i < kEach; ++i) {
       const int on = i * kApart;  // rows
       const int group = (kApart > kKeyGroup ? row / kKeyGroup : 0) + on / kKeyGroup;

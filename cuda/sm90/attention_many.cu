@@ -193,6 +193,7 @@ struct Source {
   template <bool kWhole>
   __device__ __forceinline__ void copy_rows(unsigned to, int n_keys) const {
     using S = Share<kDim, kFormat>;
+    constexpr int kTogether = kWhole ? S::kEach : 1;
     const S mine;
     const int n_bytes = call.pool.shape.head_dim * (R::kScaled ? 1 : 2) - mine.piece * 16;
     const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
@@ -201,7 +202,7 @@ struct Source {
     to += static_cast<unsigned>(R::kScaled ? thread_index() * 16
                                            : mine.row * 128 + (mine.piece ^ mine.row % 8) * 16);
     const int first_group = S::kApart > kKeyGroup ? mine.row / kKeyGroup : 0;
-#pragma unroll kWhole ? S::kEach : 1
+#pragma unroll kTogether
     for (int i = 0; i < S::kEach; ++i) {
       const std::byte* key = from + shuffle(place, first_group + i * (S::kApart / kKeyGroup));
       const int left = mine.row + i * S::kApart < n_keys ? n_bytes : 0;
