@@ -70,7 +70,10 @@ class Ops {
 
   Floats embed(const std::vector<std::int32_t>& rows, const Matrix& table) {
     Floats y({static_cast<py::ssize_t>(rows.size()), static_cast<py::ssize_t>(table.in_dim)});
-    backend_->embed(rows_of(y, table.in_dim), rows, table);
+    StepPlan plan;
+    plan.tokens = rows;
+    backend_->begin(plan);
+    backend_->embed(rows_of(y, table.in_dim), table);
     return y;
   }
 
@@ -149,10 +152,10 @@ class Ops {
                        get(layer, "head_dim"), layer["type"].cast<std::string>());
     state.plan.pages.page_bytes = backend_->page_bytes(state.plan.pages);
     state.plan.pages.base = pages.mutable_data();
+    state.plan.n_heads = get(layer, "n_heads");
     fill_spans(state, spans, pages);
     AttentionLayer attention;
     attention.kv_layer = get(layer, "kv_layer");
-    attention.n_heads = get(layer, "n_heads");
     attention.qk_norm = layer["qk_norm"].cast<bool>();
     attention.eps = layer["eps"].cast<float>();
     attention.rotate = !rotation.is_none();
@@ -160,7 +163,7 @@ class Ops {
     if (attention.rotate) state.plan.rotation = to_floats(rotation);
     if (attention.scale_queries) step.query_scale = to_floats(query_scale);
     step.global = std::move(state.plan);
-    const std::int64_t dim = attention.n_heads * get(layer, "head_dim");
+    const std::int64_t dim = step.global.n_heads * get(layer, "head_dim");
     Floats y({qkv.shape(0), static_cast<py::ssize_t>(dim)});
     backend_->begin(step);
     backend_->store_kv(rows_of(qkv, qkv.shape(1)), attention);

@@ -33,6 +33,6 @@ set_target_properties(camelid_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
 target_include_directories(camelid_sm90 SYSTEM PRIVATE ${CAMELID_CUTLASS})
 target_link_libraries(camelid_sm90 PRIVATE camelid_cuda_flags)
 
-file(GLOB CAMELID_CUDA_SOURCES CONFIGURE_DEPENDS cuda/*.cu cuda/ops/*.cu)
+file(GLOB CAMELID_CUDA_SOURCES CONFIGURE_DEPENDS cuda/host/*.cu cuda/ops/*.cu)
 add_library(camelid_cuda STATIC ${CAMELID_CUDA_SOURCES} $<TARGET_OBJECTS:camelid_sm90>)
 target_link_libraries(camelid_cuda PRIVATE camelid_cuda_flags camelid_core)

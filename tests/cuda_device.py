@@ -24,6 +24,7 @@ CASES = (
     "tests/cuda/ops.cu",
     "tests/cuda/pack.cu",
     "tests/cuda/grouped_case.cu",
+    "tests/cuda/rows_case.cu",
     "tests/cuda/attention_case.cu",
     "tests/cuda/attention_many_case.cu",
 )

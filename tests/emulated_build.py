@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,22 +60,9 @@ def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> cty
             and what C++ leaves undefined; for two to three times the time.
         flags: More for the compiler.
     """
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [path for name in ("g++", "clang++") if (path := shutil.which(name))][:1]
-    )
-    if not compiler:
-        pytest.skip("kernels are emulated by compiling them for the CPU: no g++, no clang++")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    common = [*compiler, *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
-    kernels = [*common, *WATCH] if watch else common
-    # The emulator first: of inline functions that both have, the linker keeps the first, and the
-    # emulator's own must not report to itself.
-    objects = [_compile(common, EMULATOR / "fibers.cpp")]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects += pool.map(functools.partial(_compile, kernels), map(ROOT.joinpath, sources))
+    objects = _compile_all(sources, watch=watch, flags=flags)
     library = CACHE / f"{_key(*(path.name.encode() for path in objects))}.so"
-    _make(library, [*compiler, "-shared", *map(str, objects)])
+    _make(library, [*_compiler(), "-shared", *map(str, objects)])
     loaded = ctypes.CDLL(str(library))
     loaded.device_error.restype = ctypes.c_char_p
     loaded.emulated_seed.argtypes = [ctypes.c_uint64]
@@ -82,6 +70,30 @@ def build(*sources: str, watch: bool = True, flags: tuple[str, ...] = ()) -> cty
     loaded.device_alloc.argtypes = [ctypes.c_size_t]
     loaded.device_free.argtypes = [ctypes.c_void_p]
     return loaded
+
+
+def build_core() -> Path:
+    """Build the whole extension `camelid._core` with the emulated GPU as its CUDA backend.
+
+    The engine and the bindings are those that `make` built; nothing of them knows the difference.
+    """
+    built = ROOT / "build" / "venv"
+    engine = built / "libcamelid_core.a"
+    bindings = sorted((built / "CMakeFiles" / "_core.dir" / "csrc").glob("*.o"))
+    if not engine.exists() or not bindings:
+        pytest.skip(f"the engine's objects are not in {built}: run make test")
+    cuda = ROOT / "cuda"
+    sources = [*sorted(cuda.glob("host/*.cu")), *sorted(cuda.glob("ops/*.cu"))]
+    # Of sm90/ those that are not CUTLASS's.
+    sources += [path for path in sorted(cuda.glob("sm90/*.cu")) if "matmul" not in path.name]
+    sources.append(EMULATOR / "no_cutlass.cpp")
+    objects = _compile_all([str(path.relative_to(ROOT)) for path in sources], watch=False)
+    inputs = [*objects, *bindings, engine]
+    stamps = (f"{path} {path.stat().st_mtime_ns}".encode() for path in inputs)
+    core = CACHE / f"core-{_key(*stamps)}" / "_core.so"
+    core.parent.mkdir(exist_ok=True)
+    _make(core, [*_compiler(), "-shared", *map(str, inputs), "-pthread"])
+    return core
 
 
 def call(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> None:
@@ -153,14 +165,38 @@ def _c_value(argument: Any) -> Any:
     return ctypes.c_void_p(argument.ctypes.data)
 
 
+def _compiler() -> list[str]:
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for name in ("g++", "clang++") if (path := shutil.which(name))][:1]
+    )
+    if not compiler:
+        pytest.skip("kernels are emulated by compiling them for the CPU: no g++, no clang++")
+    return compiler
+
+
+def _compile_all(
+    sources: Iterable[str], *, watch: bool, flags: tuple[str, ...] = ()
+) -> list[Path]:
+    """Return the objects of the emulator and of `sources`."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    common = [*_compiler(), *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
+    kernels = [*common, *WATCH] if watch else common
+    # The emulator first: of inline functions that both have, the linker keeps the first, and the
+    # emulator's own must not report to itself.
+    objects = [_compile(common, EMULATOR / "fibers.cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects += pool.map(functools.partial(_compile, kernels), map(ROOT.joinpath, sources))
+    return objects
+
+
 def _compile(command: list[str], source: Path) -> Path:
-    headers = [
-        path
-        for folder in FOLDERS
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".h", ".cuh", ".inl"}
-    ]
-    contents = (path.read_bytes() for path in [source, *headers])
+    listed = subprocess.run(
+        [*command, "-x", "c++", "-MM", str(source)], capture_output=True, text=True, check=False
+    ).stdout
+    # "name.o: source header \\\n header": what it is compiled from, nothing where that fails.
+    read = sorted(set(listed.partition(":")[2].replace("\\\n", " ").split()) | {str(source)})
+    contents = (Path(path).read_bytes() for path in read)
     target = CACHE / f"{source.stem}-{_key(*(word.encode() for word in command), *contents)}.o"
     _make(target, [*command, "-x", "c++", "-c", str(source)])
     return target

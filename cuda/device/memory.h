@@ -3,7 +3,9 @@
 // meaning. It never computes.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "device/launch.cuh"
@@ -21,8 +23,12 @@ struct FreePinned {
 using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
 using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
 
+// How often device memory was taken: addresses that were recorded before may be gone since.
+inline std::atomic<std::uint64_t> n_allocations{0};
+
 // Aligned to 256 bytes; contents are anything.
 inline DeviceMemory allocate_device(std::size_t bytes) {
+  ++n_allocations;
   void* memory = nullptr;
   check(cudaMalloc(&memory, bytes), "device memory");
   return DeviceMemory(static_cast<std::byte*>(memory));
@@ -41,6 +47,16 @@ inline PinnedMemory allocate_pinned(std::size_t bytes) {
 inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t bytes,
                            cudaStream_t stream) {
   check(cudaMemcpyAsync(to, pinned, bytes, cudaMemcpyHostToDevice, stream), "copy to the device");
+}
+
+// To pinned memory, which holds it once the stream was waited for.
+inline void copy_to_host(std::byte* pinned, const std::byte* from, std::size_t bytes,
+                         cudaStream_t stream) {
+  check(cudaMemcpyAsync(pinned, from, bytes, cudaMemcpyDeviceToHost, stream), "copy to the host");
+}
+
+inline void fill_zeros(std::byte* to, std::size_t bytes, cudaStream_t stream) {
+  check(cudaMemsetAsync(to, 0, bytes, stream), "fill with zeros");
 }
 
 // Waits for all work of a stream, and throws where some of it failed.

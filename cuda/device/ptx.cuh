@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "layout/e4m3.h"
 
 namespace camelid::cuda {
 
@@ -36,6 +37,11 @@ __device__ inline void load_shared(uint2& value, unsigned from) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n"
                : "=r"(value.x), "=r"(value.y)
                : "r"(from)
+               : "memory");
+}
+__device__ inline void store_shared(unsigned to, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
                : "memory");
 }
 __device__ inline void load_shared(std::uint16_t& value, unsigned from) {
@@ -154,6 +160,16 @@ __device__ inline std::uint32_t pack_bf16x2(float low, float high) {
   std::uint32_t result;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
   return result;
+}
+// Two float32 as bytes of e4m3, to nearest even, `low` in the lowest; see layout/e4m3.h.
+__device__ inline std::uint32_t pack_e4m3x2(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  std::uint16_t result;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(result) : "f"(high), "f"(low));
+  return result;
+#else
+  return to_e4m3(high) << 8 | to_e4m3(low);
+#endif
 }
 __device__ inline float low_bf16(std::uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_bf16(std::uint32_t pair) {

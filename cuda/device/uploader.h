@@ -40,6 +40,14 @@ class Uploader {
     return buffers_[turn_].memory.get();
   }
 
+  // Sends the first bytes of next() to where they belong as they are.
+  void send_to(std::byte* to, std::size_t bytes) {
+    Buffer& buffer = buffers_[turn_];
+    turn_ ^= 1u;
+    copy_to_device(to, buffer.memory.get(), bytes, stream_);
+    buffer.sent.record(stream_);
+  }
+
   // Sends the first bytes of next(). Launches on stream() find them where this says, until the next
   // send().
   const std::byte* send(std::size_t bytes) {

@@ -3,8 +3,8 @@
 //
 //   page   [layer of its kind][kv head][keys | values][token of the page][head_dim]
 //
-// A row of head_dim values is padded to 16 bytes. Formats of one byte have a float32 scale for
-// every row, after the rows: value = what is stored * scale.
+// A row of head_dim values is padded to 16 bytes, with zeros when it is written. Formats of one
+// byte have a float32 scale for every row, after the rows: value = what is stored * scale.
 #pragma once
 
 #include <cstddef>

@@ -458,6 +458,7 @@ void attend_few(const Attention& call, int multiprocessors, cudaStream_t stream)
         how.threads = kFewThreads;
         how.shared_bytes = Shape::kHeaderAt + sizeof(FewHeader<Shape::kStages>);
         how.stream = stream;
+        how.overlaps = true;
         how.blocks = multiprocessors *
                      blocks_that_fit(run_attention_few<Shape>, how.threads, how.shared_bytes);
         if (how.blocks == 0) return false;

@@ -21,14 +21,18 @@ __device__ int place_of(int row, int piece) {
   return row * kPieces + (piece ^ (row / 2 % kPieces));
 }
 
-// Copies kSide rows of a matrix from row `first` on; zeros past its rows and inputs.
-__device__ void load_tile(std::byte* to, const std::uint16_t* from, int stride, int n_rows,
-                          int first, int input, int inputs) {
-  for (int i = thread_index(); i < kSide * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const int left = first + row < n_rows ? (inputs - input - piece * 8) * 2 : 0;
-    const std::uint16_t* source =
-        left > 0 ? from + std::int64_t{first + row} * stride + input + piece * 8 : from;
+// Copies kSide rows from `input` on: thread i takes a piece of every 64th row from row i / 4 on, and
+// rows[k] says where that row starts, null where there is none. Zeros past rows and inputs.
+constexpr int kRowsOfThread = kSide * kPieces / kThreads;
+using ThreadRows = const std::uint16_t* [kRowsOfThread];
+__device__ void load_tile(std::byte* to, const ThreadRows& rows, int input, int inputs,
+                          const void* anywhere) {
+  const int piece = thread_index() % kPieces;
+#pragma unroll
+  for (int k = 0; k < kRowsOfThread; ++k) {
+    const int row = thread_index() / kPieces + k * (kThreads / kPieces);
+    const int left = rows[k] != nullptr ? (inputs - input - piece * 8) * 2 : 0;
+    const void* source = left > 0 ? rows[k] + input + piece * 8 : anywhere;
     copy_async(to + place_of(row, piece) * 16, source, left < 0 ? 0 : left < 16 ? left : 16);
   }
 }
@@ -62,36 +66,112 @@ __device__ void multiply(Sums& sums, const std::byte* tokens, const std::byte* r
   }
 }
 
-__device__ void write(const MatmulPlain& call, int token, int row, float value) {
-  if (token >= call.n_tokens || row >= call.rows) return;
-  const std::int64_t at = std::int64_t{token} * call.y_stride + row;
+// One block's work: tokens (visits) first to first + n - 1 of a group, times kSide rows of w.
+struct Job {
+  const std::uint16_t* w;
+  int first, n;
+  int first_row;
+};
+
+__device__ bool find_job(const MatmulPlain& call, int number, int n_row_blocks, Job& job) {
+  const int index = number / n_row_blocks;
+  job.first_row = number % n_row_blocks * kSide;
+  if (call.tiles == nullptr) {
+    job.w = call.w;
+    job.first = index * kSide;
+    job.n = call.n_tokens - job.first;
+    return job.n > 0;
+  }
+  if (*call.first_tile + index >= *call.last_tile) return false;
+  const TokenTile tile = call.tiles[*call.first_tile + index];
+  job.w = call.groups[tile.group];
+  job.first = tile.first;
+  job.n = tile.n;
+  return true;
+}
+
+__device__ std::int64_t y_at(const MatmulPlain& call, int visit) {
+  return (call.y_rows == nullptr ? visit : call.y_rows[visit]) * std::int64_t{call.y_stride};
+}
+
+__device__ std::uint16_t to_bf16(float value) {
+  return static_cast<std::uint16_t>(pack_bf16x2(value, 0.0f) & 0xffffu);
+}
+
+__device__ void write(const MatmulPlain& call, std::int64_t at, int row, float value) {
+  if (row >= call.rows) return;
   if (call.output == Output::kStoreBf16) {
-    static_cast<std::uint16_t*>(call.y)[at] =
-        static_cast<std::uint16_t>(pack_bf16x2(value, 0.0f) & 0xffffu);
+    static_cast<std::uint16_t*>(call.y)[at + row] = to_bf16(value);
     return;
   }
-  float* y = static_cast<float*>(call.y) + at;
+  float* y = static_cast<float*>(call.y) + at + row;
   *y = call.output == Output::kAdd ? *y + value : value;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) run_matmul_plain(const MatmulPlain call) {
-  const int n_row_blocks = divide_up(call.rows, kSide);
-  const int first_token = block_index() / n_row_blocks * kSide;
-  const int first_row = block_index() % n_row_blocks * kSide;
+// Rows of 16 from `row` on are 8 gates, then the ups of the same channels.
+__device__ void write_swiglu(const MatmulPlain& call, std::int64_t at, int row, float factor,
+                             float gate, float up) {
+  const int channel = row / kTileRows * (kTileRows / 2) + row % kTileRows;
+  if (channel >= call.rows / 2) return;
+  const float z = factor * gate;
+  const float silu = divide_fast(z, 1.0f + exp_fast(-z));
+  static_cast<std::uint16_t*>(call.y)[at + channel] = to_bf16(silu * (factor * up));
+}
+
+// The warp's sums: 64 tokens from `token` on, 32 rows from `row` on.
+__device__ void finish(const MatmulPlain& call, const Job& job, const Sums& sums, int token,
+                       int row) {
+  const int lane = thread_index() % kWarp;
+#pragma unroll
+  for (int m = 0; m < kWarpTokens / 16; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int of_tile = token + m * 16 + half * 8 + lane / 4;
+      if (of_tile >= job.n) continue;
+      const std::int64_t at = y_at(call, job.first + of_tile);
+      const float factor = call.factors == nullptr ? 1.0f : call.factors[job.first + of_tile];
+#pragma unroll
+      for (int n = 0; n < kWarpRows / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at_row = job.first_row + row + n * 8 + lane % 4 * 2 + i;
+          const float value = sums.at[m][n][half * 2 + i];
+          if (call.output != Output::kSwiGlu) {
+            write(call, at, at_row, value);
+          } else if (n % 2 == 0) {
+            write_swiglu(call, at, at_row, factor, value, sums.at[m][n + 1][half * 2 + i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+__device__ void run_job(const MatmulPlain& call, const Job& job, int n_w_rows) {
+  ThreadRows tokens, rows;
+#pragma unroll
+  for (int k = 0; k < kRowsOfThread; ++k) {
+    const int of_tile = thread_index() / kPieces + k * (kThreads / kPieces);
+    const int visit = job.first + of_tile;
+    const int row = job.first_row + of_tile;
+    tokens[k] = nullptr;
+    if (of_tile < job.n) {
+      const std::int64_t x_row = call.x_rows == nullptr ? visit : call.x_rows[visit];
+      tokens[k] = call.x + x_row * call.x_stride;
+    }
+    rows[k] = row < n_w_rows ? job.w + std::int64_t{row} * call.w_stride : nullptr;
+  }
   const int n_steps = divide_up(call.inputs, kInputs);
   const auto slot = [](int step) { return shared_memory() + step % kSlots * 2 * kTileBytes; };
   const auto load = [&](int step) {
     if (step < n_steps) {
-      load_tile(slot(step), call.x, call.x_stride, call.n_tokens, first_token, step * kInputs,
-                call.inputs);
-      load_tile(slot(step) + kTileBytes, call.w, call.w_stride, call.rows, first_row,
-                step * kInputs, call.inputs);
+      load_tile(slot(step), tokens, step * kInputs, call.inputs, call.x);
+      load_tile(slot(step) + kTileBytes, rows, step * kInputs, call.inputs, call.x);
     }
     commit_copies();
   };
-  wait_for_previous_kernel();
   for (int step = 0; step < kSlots - 1; ++step) load(step);
-  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  const int warp = thread_index() / kWarp;
   const int token = warp % 2 * kWarpTokens, row = warp / 2 * kWarpRows;
   Sums sums = {};
   for (int step = 0; step < n_steps; ++step) {
@@ -100,16 +180,20 @@ __global__ void __launch_bounds__(kThreads, 2) run_matmul_plain(const MatmulPlai
     load(step + kSlots - 1);
     multiply(sums, slot(step), slot(step) + kTileBytes, token, row);
   }
-#pragma unroll
-  for (int m = 0; m < kWarpTokens / 16; ++m) {
-#pragma unroll
-    for (int n = 0; n < kWarpRows / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        write(call, first_token + token + m * 16 + i / 2 * 8 + lane / 4,
-              first_row + row + n * 8 + lane % 4 * 2 + i % 2, sums.at[m][n][i]);
-      }
-    }
+  finish(call, job, sums, token, row);
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    run_matmul_plain(const __grid_constant__ MatmulPlain call) {
+  const bool paired = call.output == Output::kSwiGlu;
+  const int n_w_rows = paired ? divide_up(call.rows, kTileRows) * kTileRows : call.rows;
+  const int n_row_blocks = divide_up(n_w_rows, kSide);
+  wait_for_previous_kernel();
+  Job job;
+  for (int number = block_index(); find_job(call, number, n_row_blocks, job);
+       number += grid_size()) {
+    run_job(call, job, n_w_rows);
+    sync_block();  // before the next job's copies
   }
 }
 
@@ -121,16 +205,20 @@ void matmul_plain(const MatmulPlain& call, cudaStream_t stream) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
   };
   if (!aligned(call.x, call.x_stride) || !aligned(call.w, call.w_stride) || call.rows <= 0 ||
-      call.inputs <= 0 || call.output == Output::kSwiGlu) {
+      call.inputs <= 0 || (call.tiles == nullptr) != (call.groups == nullptr)) {
     fail(ErrorCode::kInternal, "[cuda] plain matmul: ", call.rows, " x ", call.inputs,
          " weights, rows every ", call.w_stride, " values, of x every ", call.x_stride,
          "; wanted are sizes above 0 and rows aligned to 16 bytes.");
   }
   Launch how;
-  how.blocks = divide_up(call.n_tokens, kSide) * divide_up(call.rows, kSide);
+  // How many tiles a list has, only the device knows: two blocks for each multiprocessor share it.
+  how.blocks = call.tiles != nullptr
+                   ? 2 * multiprocessors()
+                   : divide_up(call.n_tokens, kSide) * divide_up(call.rows + kTileRows - 1, kSide);
   how.threads = kThreads;
   how.shared_bytes = kSlots * 2 * kTileBytes;
   how.stream = stream;
+  how.overlaps = true;
   launch("plain matmul", run_matmul_plain, how, call);
 }
 

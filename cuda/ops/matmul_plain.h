@@ -1,11 +1,13 @@
-// y = x w^T of bf16 matrices of any size, on every GPU from sm_80 on: what sm90/matmul_dense.h does
-// faster on Hopper for aligned shapes.
+// y = x w^T of bf16 matrices of any size, of one or of many experts, on every GPU from sm_80 on: what
+// sm90/matmul_dense.h does faster on Hopper for one matrix of aligned shape.
 #pragma once
 
 #include <cstdint>
 
 #include "device/launch.cuh"
 #include "layout/output.h"
+#include "layout/tiles.h"
+#include "ops/grouped.h"
 
 namespace camelid::cuda {
 
@@ -19,7 +21,18 @@ struct MatmulPlain {
   std::int32_t x_stride = 0;  // values, a multiple of 8
   std::int32_t w_stride = 0;  // values, a multiple of 8
   std::int32_t y_stride = 0;
-  Output output = Output::kStore;  // all but kSwiGlu
+  Output output =
+      Output::kStore;  // kSwiGlu: rows of w lie as RowOrder::kGateUp says, to whole tiles
+
+  // Of many matrices: the visits of GroupedProduct, and n_tokens is the most there can be. Device
+  // memory.
+  const std::uint16_t* const* groups = nullptr;  // [n_groups]; null: w
+  const TokenTile* tiles = nullptr;
+  const std::int32_t* first_tile = nullptr;
+  const std::int32_t* last_tile = nullptr;
+  const std::int32_t* x_rows = nullptr;  // [n_visits], or null: row i is visit i's
+  const std::int32_t* y_rows = nullptr;  // [n_visits], or null
+  const float* factors = nullptr;        // [n_visits], or null: 1; kSwiGlu only
 };
 
 // Sums in float32, each in the order of inputs: a token's results do not depend on the others.

@@ -62,6 +62,7 @@ class Engine:
         page_size: int = 64,
         max_step_tokens: int = 512,
         on_packed: Callable[[str], None] | None = None,  # a source's name: its pages may go
+        timed: bool = False,  # start_timeline() may be called
     ) -> None: ...
     def load_embedding(self, source: LinearSource) -> None: ...
     def load_layer(self, sources: LayerSources) -> None: ...
@@ -87,6 +88,11 @@ class Engine:
     def memory(self) -> dict[str, int]: ...
     """weight_bytes, workspace_bytes, kv_limit_bytes, kv_used_bytes, page_size"""
     def describe(self) -> str: ...
+    def available_bytes(self) -> int: ...  # of the device, that this process may still take
+    def start_timeline(self, grain: str) -> None: ...
+    """Measure the device's part of steps: each of their "calls" by itself, or whole "steps"."""
+    def stop_timeline(self) -> list[tuple[str, float]]: ...
+    """What was called, in order, and the microseconds of it."""
     def check_invariants(self) -> None: ...
 
 def quantize(
@@ -96,6 +102,9 @@ def quantize(
 
 def resize_image(pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     """Fill `out` with `pixels`, both [height, width, 3]; rows may lie apart in either."""
+
+def cuda_available() -> bool:
+    """Whether this build has the CUDA backend, and this machine a GPU for it."""
 
 def available_memory() -> int:
     """Bytes this process may still take: the machine's or its cgroup's, whichever is less."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "Row", "cases", "measure"]
 
-STEP_TOKENS = 512
-
 
 @dataclass(frozen=True)
 class Case:
@@ -93,13 +91,23 @@ def measure(
     what: list[Case],
     *,
     repeats: int,
+    step_tokens: int = 512,
     progress: Callable[[], object] = lambda: None,
 ) -> Iterator[Row]:
-    """Yield a row for each case, after one run of it that does not count."""
+    """Yield a row for each case, after one run of it that does not count.
+
+    Args:
+        core: A loaded engine.
+        vocab_size: Of its model.
+        what: What to measure.
+        repeats: Runs of each case.
+        step_tokens: Most tokens of a prompt in one step.
+        progress: Called after each run.
+    """
     for case in what:
         seconds: list[float] = []
         while len(seconds) <= repeats:
-            with _context(core, vocab_size, case) as context:
+            with _context(core, vocab_size, case, step_tokens) as context:
                 for _ in range(case.runs_per_context(repeats + 1)):
                     seconds.append(context.run())
                     progress()
@@ -115,19 +123,22 @@ class _Context:
     sequences: list[int]
     prompt: NDArray[np.int32]  # [n_prompt]
     answer: NDArray[np.int32]  # [n_answer, n_batch]
+    step_tokens: int
 
     def run(self) -> float:
         """Return the seconds of one run."""
         started = time.perf_counter()
         if self.case.n_prompt:
-            _read(self.core, self.sequences[0], self.prompt)
+            _read(self.core, self.sequences[0], self.prompt, self.step_tokens)
         else:
             _write(self.core, self.sequences, self.answer)
         return time.perf_counter() - started
 
 
 @contextmanager
-def _context(core: _core.Engine, vocab_size: int, case: Case) -> Iterator[_Context]:
+def _context(
+    core: _core.Engine, vocab_size: int, case: Case, step_tokens: int
+) -> Iterator[_Context]:
     """Open the sequences of a case and read what comes before the measured part."""
     from camelid import _core
 
@@ -140,22 +151,23 @@ def _context(core: _core.Engine, vocab_size: int, case: Case) -> Iterator[_Conte
         sequences=[],
         prompt=rng.integers(0, vocab_size, case.n_prompt, np.int32),
         answer=rng.integers(0, vocab_size, (case.n_answer, case.n_batch), np.int32),
+        step_tokens=step_tokens,
     )
     try:
         for place in range(case.n_batch):  # one by one: each that is open will be closed
             context.sequences.append(core.open_sequence(_core.SamplerParams(temperature=0.0)))
             if n_before:
-                _read(core, context.sequences[place], before[place])
+                _read(core, context.sequences[place], before[place], step_tokens)
         yield context
     finally:
         for sequence in context.sequences:
             core.close_sequence(sequence)
 
 
-def _read(core: _core.Engine, sequence: int, tokens: NDArray[np.int32]) -> None:
+def _read(core: _core.Engine, sequence: int, tokens: NDArray[np.int32], step_tokens: int) -> None:
     """Run a prompt in steps, sampling after its last token."""
-    for first in range(0, len(tokens), STEP_TOKENS):
-        piece = tokens[first : first + STEP_TOKENS]
+    for first in range(0, len(tokens), step_tokens):
+        piece = tokens[first : first + step_tokens]
         last = first + len(piece) == len(tokens)
         core.step(
             np.array([sequence], np.int64),

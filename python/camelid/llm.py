@@ -78,15 +78,15 @@ class LLM:
         weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings and router are never made
             smaller than bf16, the head only by `head`.
             A vision tower stays as stored but for "bf16".
-        compute: "exact" multiplies float activations; "fast" int8 ones by INT4 and INT8 weights,
+        compute: "exact" multiplies float32 activations (CPU only; a GPU multiplies bf16); "fast" int8 ones by INT4 and INT8 weights,
             and bf16 ones by bf16 weights where the processor can; auto is fast from 64 MiB of INT4
             and INT8 weights on.
         head: "stored", or "int8" for a plain output head; auto is int8 where fast meets INT4
             weights.
-        kv_cache: "auto", "f32", "bf16" or "int8"; auto is f32 where compute is exact, else bf16,
-            which halves the cache and moves logits by about 0.01 standard deviations. int8 halves
-            it again and moves them by about 0.02; both by more where they flip a near tie of a
-            router.
+        kv_cache: "auto", "f32", "bf16", "int8", or on a GPU "fp8"; auto is f32 where compute is
+            exact, else bf16, which halves the cache and moves logits by about 0.01 standard
+            deviations. int8 halves it again and moves them by about 0.02; both by more where they
+            flip a near tie of a router.
         max_context: Most tokens of prompt and answer together; the config's limit if None.
         memory: Bytes for weights, KV cache, workspace and remembered images together, or "20GiB";
             None takes nine tenths of what is available, as it is needed.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +87,15 @@ def load(
 
     account(checkpoint)
     config = checkpoint.config
-    plan = make_plan(checkpoint, options)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if _core.cuda_available() else "cpu"
+    on_cpu = device == "cpu"
+    plan = make_plan(checkpoint, options, on_gpu=not on_cpu)
     releaser = _Releaser(checkpoint)
     core = _core.Engine(
         config,
-        device=options.device,
+        device=device,
         threads=options.threads or 0,
         weights=plan.weights,
         kv_cache=plan.kv_cache,
@@ -102,20 +105,16 @@ def load(
         max_step_tokens=max_step_tokens,
         on_packed=releaser,
     )
-    on_cpu = core.describe().startswith("cpu")
-    limits = [] if options.memory is None else [options.memory]
-    if on_cpu:
-        limits.append(_core.available_memory())
-    left = sys.maxsize
-    if limits:
-        limit = min(limits)
-        left = require_fit(
-            checkpoint,
-            plan,
-            limit_bytes=limit,
-            limit_is_wish=limit == options.memory,
-            cache_bytes=image_cache_bytes(config, options, 0),
-        )
+    limit = core.available_bytes()
+    if options.memory is not None:
+        limit = min(limit, options.memory)
+    left = require_fit(
+        checkpoint,
+        plan,
+        limit_bytes=limit,
+        limit_is_wish=limit == options.memory,
+        cache_bytes=image_cache_bytes(config, options, 0) if on_cpu else 0,
+    )
     _load_weights(core, checkpoint, releaser, progress=progress)
     cache_bytes = image_cache_bytes(config, options, left)
     # Encoded images are held by the host: of another device's memory they take nothing.

@@ -200,7 +200,7 @@ def params_for(params: Any, n_prompts: int) -> list[SamplingParams]:
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _WEIGHTS = ("auto", "bf16", "int8", "int4")
-_KV_CACHES = ("auto", "f32", "bf16", "int8")
+_KV_CACHES = ("auto", "f32", "bf16", "fp8", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ class LoadOptions:
         return cls(
             device=device,
             weights=_choice("weights", weights, _WEIGHTS, planned=("fp8",)),
-            kv_cache=_choice("kv_cache", kv_cache, _KV_CACHES, planned=("fp8", "int4")),
+            kv_cache=_choice("kv_cache", kv_cache, _KV_CACHES, planned=("int4",)),
             compute=_choice("compute", compute, ("auto", "exact", "fast")),
             head=_choice("head", head, ("auto", "stored", "int8")),
             max_context=None if max_context is None else parse_count("max_context", max_context),

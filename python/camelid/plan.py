@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from camelid.checkpoint import Checkpoint
 from camelid.config import ModelConfig
-from camelid.errors import CapacityError
+from camelid.errors import CapacityError, Unsupported
 from camelid.options import LoadOptions
 from camelid.report import Report, inspect, kv_report, show_bytes
 
@@ -33,9 +33,17 @@ class LoadPlan:
     kv_cache: str
 
 
-def make_plan(checkpoint: Checkpoint, options: LoadOptions) -> LoadPlan:
-    """Decide what `options` leave open."""
+def make_plan(checkpoint: Checkpoint, options: LoadOptions, *, on_gpu: bool = False) -> LoadPlan:
+    """Decide what `options` leave open.
+
+    Raises:
+        Unsupported: If they ask for what only the other kind of device has.
+    """
     report = inspect(checkpoint, weights=options.weights)
+    if on_gpu:
+        return _plan_for_gpu(report, options)
+    if options.kv_cache == "fp8":
+        raise Unsupported('[options] kv_cache="fp8" is for GPUs; "int8" is as small on the CPU.')
     quantised = sum(part.quantised_bytes for part in report.parts.values())
     compute = options.compute
     if compute == "auto":
@@ -47,6 +55,21 @@ def make_plan(checkpoint: Checkpoint, options: LoadOptions) -> LoadPlan:
     if kv_cache == "auto":
         kv_cache = "bf16" if compute == "fast" else "f32"
     return LoadPlan(options.weights, compute, head, kv_cache)
+
+
+def _plan_for_gpu(report: Report, options: LoadOptions) -> LoadPlan:
+    """Plan for tensor cores: they multiply bf16, so what is stored wider is held as bf16."""
+    if options.compute == "exact":
+        raise Unsupported('[options] compute="exact" is for the CPU; a GPU multiplies bf16.')
+    if options.kv_cache == "f32":
+        raise Unsupported('[options] kv_cache="f32" is for the CPU; a GPU takes bf16, fp8 or int8.')
+    plain = not any(part.quantised_bytes for part in report.parts.values())
+    weights = "bf16" if plain and options.weights == "auto" else options.weights
+    head = options.head
+    if head == "auto":
+        head = "int8" if _is_int4(report, weights) else "stored"
+    kv_cache = "bf16" if options.kv_cache == "auto" else options.kv_cache
+    return LoadPlan(weights, "fast", head, kv_cache)
 
 
 def _is_int4(report: Report, weights: str) -> bool:

@@ -39,8 +39,8 @@ PARTS = (
     "head",
     "vision",
 )
-KV_ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
-_KV_SCALE_BYTES = {"int8": 4}  # of each token, once for its keys and once for its values
+KV_ELEMENT_BYTES = {"f32": 4, "bf16": 2, "fp8": 1, "int8": 1}
+_KV_SCALE_BYTES = {"fp8": 4, "int8": 4}  # of each token, once for its keys and once for its values
 PAGE_TOKENS = 64  # the engine's default page size
 _PLAIN_BITS = {"F32": 32, "F16": 16, "BF16": 16}
 # Of the packed layout, src/cpu/packed.h: rows in panels of 16, parts aligned to 64 bytes.

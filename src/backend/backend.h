@@ -11,9 +11,12 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "base/top_logits.h"
 #include "quant/format.h"
 
 namespace camelid {
+
+class Clock;
 
 // Device memory that frees itself. On the CPU untouched pages cost nothing.
 struct Buffer {
@@ -30,8 +33,8 @@ class Matrix {
   std::size_t bytes = 0;  // resident
 };
 
-// kInt8: each token's keys and values of a head as integers and one scale each.
-enum class KvType : std::uint8_t { kF32, kBf16, kInt8 };
+// kFp8, kInt8: each token's keys and values of a head as numbers of a byte and one scale each.
+enum class KvType : std::uint8_t { kF32, kBf16, kFp8, kInt8 };
 
 // The pages of one kind of layer. A page holds `page_size` consecutive tokens of every layer of the
 // kind; inside a page the order is the backend's (page_bytes() says how large it wants one).
@@ -57,16 +60,22 @@ struct KvSpan {
 // One kind of attention layer in one step: local ones see their own chunk, global ones everything.
 struct KvPlan {
   KvPages pages;
+  std::int64_t n_heads = 0;     // of queries
+  bool causal = true;           // else every row of a span sees all of the span's keys
   std::vector<KvSpan> spans;    // cover all rows of the step, in order
   std::vector<float> rotation;  // [n_tokens, head_dim / 2, 2]: cos, sin of each row's key index
 };
 
 // One step, built once and used by all its layers. Rows are the step's tokens.
 struct StepPlan {
+  // All calls of the step depend on how many tokens and rows there are, and on nothing else.
+  bool repeatable = false;
   std::span<const std::int32_t> tokens;  // [n_tokens]
+  std::span<const std::int32_t> rows;    // what select_rows() selects
   KvPlan local;
   KvPlan global;
-  std::vector<float> query_scale;  // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> query_scale;     // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> sampling_scale;  // [rows]: 1 / temperature of sampling, for find_top()
 };
 
 // What distinguishes one layer's attention from another's.
@@ -75,9 +84,7 @@ struct AttentionLayer {
   bool rotate = false;         // RoPE on interleaved pairs (2i, 2i+1) by the plan's rotation
   bool qk_norm = false;        // after RoPE: weightless RMS norm of each q and k head
   bool scale_queries = false;  // multiply q by StepPlan::query_scale (NoPE temperature)
-  bool causal = true;          // else every row of a span sees all of the span's keys
   std::int64_t kv_layer = 0;   // index among the layers of its kind
-  std::int64_t n_heads = 0;
   float eps = 0.0f;
 };
 
@@ -91,25 +98,43 @@ struct Experts {
   std::vector<Mlp> routed;
   Mlp shared;
   std::int64_t top_k = 1;
+  std::shared_ptr<void> prepared;  // what the backend's prepare() keeps of them
 };
+
+// Why linears are stacked. Of gate over up (two of the same size) a backend may mix the rows, since
+// both meet in SwiGLU: only mlp() and experts() take such a matrix.
+enum class Stack : std::uint8_t { kPlain, kGateUp };
 
 class Backend {
  public:
   virtual ~Backend() = default;
-  virtual std::string describe() const = 0;                 // "cpu: avx512, 2 threads"
-  virtual std::size_t activation_bytes() const = 0;         // of one element of a Tensor
-  virtual std::size_t available_bytes() const = 0;          // memory this process may still take
-  virtual Buffer allocate(std::size_t bytes) = 0;           // throws kCapacity
+  virtual std::string describe() const = 0;                // "cpu: avx512, 2 threads"
+  virtual std::size_t element_bytes(Role role) const = 0;  // of a Tensor
+  // Of a Tensor whose rows products take: from row to row, in elements, at least dim.
+  virtual std::int64_t row_stride(std::int64_t dim) const = 0;
+  virtual KvType widest_kv() const = 0;             // what loses least
+  virtual std::size_t available_bytes() const = 0;  // memory this process may still take
+  virtual Buffer allocate(std::size_t bytes) = 0;   // throws kCapacity
+  // Address space of which only what commit() names takes memory, until discard() does.
+  virtual Buffer reserve(std::size_t bytes) = 0;
+  virtual void commit(void* data, std::size_t bytes) = 0;   // throws kCapacity
   virtual void discard(void* data, std::size_t bytes) = 0;  // contents no longer needed
   virtual std::size_t page_bytes(const KvPages& pages) const = 0;
 
   // Packs a stack of linears; each source keeps its own format where options do not change it.
   virtual std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
-                                       std::span<const PackOptions> options) = 0;
+                                       std::span<const PackOptions> options,
+                                       Stack kind = Stack::kPlain) = 0;
   virtual Buffer upload(std::span<const float> values) = 0;
+  // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
+  virtual void prepare(Experts& experts) = 0;
+  virtual std::unique_ptr<Clock> make_clock() = 0;  // of the calls from here on
 
-  virtual void begin(const StepPlan& plan) = 0;  // plan outlives the step
-  virtual void embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) = 0;
+  // Starts a step; `plan` outlives it. False where the calls up to end() need not be made: they were
+  // recorded at an earlier step of the same kind, and end() makes them again.
+  virtual bool begin(const StepPlan& plan) = 0;
+  virtual void end() = 0;
+  virtual void embed(Tensor y, const Matrix& table) = 0;  // of the plan's tokens
   virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
   virtual void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,
                           float eps) = 0;
@@ -123,9 +148,14 @@ class Backend {
   // y += down(silu(gate x) * up x), and y += shared(x) + routed experts of sigmoid(router x) * x.
   virtual void mlp(Tensor y, Tensor x, const Mlp& w) = 0;
   virtual void experts(Tensor y, Tensor x, const Experts& w) = 0;
-  virtual void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) = 0;
+  virtual void select_rows(Tensor y, Tensor x) = 0;           // y[i] = x[plan.rows[i]]
   virtual void upload_rows(Tensor y, const float* rows) = 0;  // [n_rows, dim] float32
   virtual void download(float* out, Tensor x) = 0;            // [n_rows, dim] float32, waits
+  // Backends whose memory the host cannot read: find_top() looks at the logits of the plan's rows,
+  // and top() waits for what it found; it holds until the next find_top().
+  virtual bool finds_top() const { return false; }
+  virtual void find_top(Tensor /*logits*/) {}
+  virtual std::vector<TopLogits> top() { return {}; }
 };
 
 struct BackendOptions {

@@ -31,8 +31,9 @@ int cuda_ordinal(std::string_view device) {
 
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device == "cpu") return make_cpu_backend(options);
-  if (options.device != "auto") return make_cuda_backend(cuda_ordinal(options.device));
-  return cuda_available() ? make_cuda_backend(0) : make_cpu_backend(options);
+  if (options.device != "auto")
+    return make_cuda_backend(cuda_ordinal(options.device), options.threads);
+  return cuda_available() ? make_cuda_backend(0, options.threads) : make_cpu_backend(options);
 }
 
 }  // namespace camelid

@@ -19,13 +19,18 @@ struct TensorView {
   const void* data = nullptr;
 };
 
-// Activations [n_rows, dim] on a backend, rows `row_stride` elements apart. The element type is the
-// backend's own choice (float32 on the CPU); only the backend looks behind `data`.
+// What activations are for. Sums are float32 everywhere. Operands are what products with weights are
+// made of, in the type a backend multiplies: float32 on the CPU, bf16 on a GPU.
+enum class Role : std::uint8_t { kSum, kOperand };
+
+// Activations [n_rows, dim] on a backend, rows `row_stride` elements apart; only the backend looks
+// behind `data`.
 struct Tensor {
   void* data = nullptr;
   std::int64_t n_rows = 0;
   std::int64_t dim = 0;
   std::int64_t row_stride = 0;
+  Role role = Role::kSum;
 };
 
 }  // namespace camelid

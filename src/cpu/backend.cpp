@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/clock.h"
 #include "base/arena.h"
 #include "base/error.h"
 #include "cpu/experts.h"
@@ -48,15 +49,22 @@ class CpuBackend final : public Backend {
     const int n = work_.pool.n_threads();
     return cat("cpu: ", work_.kernels.name, ", ", n, n == 1 ? " thread" : " threads");
   }
-  std::size_t activation_bytes() const override { return sizeof(float); }
+  std::size_t element_bytes(Role) const override { return sizeof(float); }
+  std::int64_t row_stride(std::int64_t dim) const override { return dim; }
+  KvType widest_kv() const override { return KvType::kF32; }
   std::size_t available_bytes() const override { return available_memory(); }
   Buffer allocate(std::size_t bytes) override { return {map_memory(bytes), bytes}; }
+  Buffer reserve(std::size_t bytes) override { return allocate(bytes); }
+  void commit(void*, std::size_t) override {}  // untouched pages cost nothing
   void discard(void* data, std::size_t bytes) override { discard_memory(data, bytes); }
   std::size_t page_bytes(const KvPages& pages) const override {
+    if (pages.type == KvType::kFp8) {
+      fail(ErrorCode::kUnsupported, "[cpu] kv_cache=\"fp8\" is for GPUs; int8 is as small here.");
+    }
     return static_cast<std::size_t>(pages.n_layers * pages.n_kv_heads) * kv_head_bytes(pages);
   }
   std::unique_ptr<Matrix> pack(std::span<const LinearSource> stack,
-                               std::span<const PackOptions> options) override {
+                               std::span<const PackOptions> options, Stack) override {
     return pack_matrix(stack, options, work_.kernels, work_.pool);
   }
   Buffer upload(std::span<const float> values) override {
@@ -65,8 +73,15 @@ class CpuBackend final : public Backend {
     return buffer;
   }
 
-  void begin(const StepPlan& plan) override { plan_ = &plan; }
-  void embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) override;
+  void prepare(Experts&) override {}
+  std::unique_ptr<Clock> make_clock() override { return std::make_unique<HostClock>(); }
+
+  bool begin(const StepPlan& plan) override {
+    plan_ = &plan;
+    return true;
+  }
+  void end() override {}
+  void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
   void add_bias(Tensor y, const Buffer& bias) override;
@@ -77,7 +92,7 @@ class CpuBackend final : public Backend {
   void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
   void mlp(Tensor y, Tensor x, const Mlp& w) override { feed_forward_.mlp(y, x, w); }
   void experts(Tensor y, Tensor x, const Experts& w) override { feed_forward_.experts(y, x, w); }
-  void select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) override;
+  void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
 
@@ -118,10 +133,10 @@ void CpuBackend::for_rows(std::int64_t n_rows, std::int64_t values_per_row, RowT
   });
 }
 
-void CpuBackend::embed(Tensor y, std::span<const std::int32_t> tokens, const Matrix& table) {
+void CpuBackend::embed(Tensor y, const Matrix& table) {
   const Segment& rows = packed(table).segments.front();
   for_rows(y.n_rows, y.dim, [&](std::int64_t row) {
-    work_.kernels.unpack_row(row_of(y, row), rows, tokens[static_cast<std::size_t>(row)]);
+    work_.kernels.unpack_row(row_of(y, row), rows, plan_->tokens[static_cast<std::size_t>(row)]);
   });
 }
 
@@ -170,6 +185,7 @@ void CpuBackend::store_row(float* qkv, const AttentionLayer& layer, const KvSpan
   StoreTask task;
   task.pages = &pages;
   task.layer = &layer;
+  task.n_heads = plan.n_heads;
   task.qkv = qkv;
   if (layer.rotate) task.rotation = plan_of(layer).rotation.data() + row * pages.head_dim;
   if (layer.scale_queries) task.query_scale = plan_->query_scale[static_cast<std::size_t>(row)];
@@ -189,7 +205,7 @@ void CpuBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
 
 void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   const KvPlan& plan = plan_of(layer);
-  const std::int64_t group = layer.n_heads / plan.pages.n_kv_heads;
+  const std::int64_t group = plan.n_heads / plan.pages.n_kv_heads;
   const std::int64_t step = std::max<std::int64_t>(1, kAttendQueries / group);
   attend_tasks_.clear();
   for (const KvSpan& span : plan.spans) {
@@ -199,8 +215,8 @@ void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& laye
       task.span = &span;
       task.kv_layer = layer.kv_layer;
       task.last_kv_head = plan.pages.n_kv_heads;
-      task.n_heads = layer.n_heads;
-      task.causal = layer.causal;
+      task.n_heads = plan.n_heads;
+      task.causal = plan.causal;
       task.first_row = span.first_row + done;
       task.n_rows = std::min(step, span.n_rows - done);
       task.q = row_of(qkv, 0);
@@ -208,7 +224,7 @@ void CpuBackend::plan_attention(Tensor y, Tensor qkv, const AttentionLayer& laye
       task.y = row_of(y, 0);
       task.y_stride = y.row_stride;
       task.n_pieces =
-          count_pieces(span.first_index + (layer.causal ? done + task.n_rows : span.n_rows));
+          count_pieces(span.first_index + (plan.causal ? done + task.n_rows : span.n_rows));
       task.last_piece = task.n_pieces;
       attend_tasks_.push_back(task);
     }
@@ -293,9 +309,9 @@ void CpuBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   });
 }
 
-void CpuBackend::select_rows(Tensor y, Tensor x, std::span<const std::int32_t> rows) {
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    std::memcpy(row_of(y, static_cast<std::int64_t>(i)), row_of(x, rows[i]),
+void CpuBackend::select_rows(Tensor y, Tensor x) {
+  for (std::size_t i = 0; i < plan_->rows.size(); ++i) {
+    std::memcpy(row_of(y, static_cast<std::int64_t>(i)), row_of(x, plan_->rows[i]),
                 static_cast<std::size_t>(x.dim) * sizeof(float));
   }
 }

@@ -79,6 +79,7 @@ struct AttendTask {
 struct StoreTask {
   const KvPages* pages = nullptr;
   const AttentionLayer* layer = nullptr;
+  std::int64_t n_heads = 0;         // of queries
   float* qkv = nullptr;             // [(n_heads + 2 n_kv_heads) * head_dim], this row
   const float* rotation = nullptr;  // [head_dim / 2, 2] cos, sin; null: no rotation
   float query_scale = 1.0f;

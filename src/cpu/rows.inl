@@ -263,14 +263,14 @@ void store_kv(const StoreTask& task) {
   const AttentionLayer& layer = *task.layer;
   const std::int64_t head_dim = task.pages->head_dim;
   const std::int64_t n_kv_heads = task.pages->n_kv_heads;
-  for (std::int64_t head = 0; head < layer.n_heads + n_kv_heads; ++head) {  // q heads, then k heads
+  for (std::int64_t head = 0; head < task.n_heads + n_kv_heads; ++head) {  // q heads, then k heads
     float* x = task.qkv + head * head_dim;
     if (task.rotation != nullptr) rotate_head(x, task.rotation, head_dim);
     if (layer.qk_norm) scale_head(x, inverse_rms(x, head_dim, layer.eps), head_dim);
-    if (layer.scale_queries && head < layer.n_heads) scale_head(x, task.query_scale, head_dim);
+    if (layer.scale_queries && head < task.n_heads) scale_head(x, task.query_scale, head_dim);
   }
   for (std::int64_t kv_head = 0; kv_head < n_kv_heads; ++kv_head) {
-    const float* k = task.qkv + (layer.n_heads + kv_head) * head_dim;
+    const float* k = task.qkv + (task.n_heads + kv_head) * head_dim;
     const float* v = k + n_kv_heads * head_dim;
     if (task.pages->type == KvType::kF32) {
       write_head<float>(task, kv_head, k, v);

@@ -18,7 +18,7 @@ PagePool::PagePool(Backend& backend, KvPages shape, KvBudget& budget)
   const std::size_t most = budget.limit_bytes / pages_.page_bytes;
   capacity_ = static_cast<std::int64_t>(
       std::min<std::size_t>(most, std::numeric_limits<std::int32_t>::max()));
-  storage_ = backend.allocate(static_cast<std::size_t>(capacity_) * pages_.page_bytes);
+  storage_ = backend.reserve(static_cast<std::size_t>(capacity_) * pages_.page_bytes);
   pages_.base = storage_.data.get();
 }
 
@@ -27,14 +27,19 @@ std::int32_t PagePool::take() {
     fail(ErrorCode::kInternal, "[kv] a page was taken beyond the budget of ", budget_.limit_bytes,
          " bytes");
   }
-  budget_.used_bytes += pages_.page_bytes;
-  if (!free_.empty()) {
-    const std::int32_t page = free_.back();
-    free_.pop_back();
-    return page;
+  const bool reuse = !free_.empty();
+  if (!reuse && n_touched_ >= capacity_) {
+    fail(ErrorCode::kInternal, "[kv] the page pool is exhausted");
   }
-  if (n_touched_ >= capacity_) fail(ErrorCode::kInternal, "[kv] the page pool is exhausted");
-  return static_cast<std::int32_t>(n_touched_++);
+  const std::int32_t page = reuse ? free_.back() : static_cast<std::int32_t>(n_touched_);
+  if (pages_.page_bytes > 0) backend_.commit(place_of(page), pages_.page_bytes);  // may throw
+  budget_.used_bytes += pages_.page_bytes;
+  reuse ? free_.pop_back() : static_cast<void>(++n_touched_);
+  return page;
+}
+
+std::byte* PagePool::place_of(std::int32_t page) const {
+  return static_cast<std::byte*>(pages_.base) + static_cast<std::size_t>(page) * pages_.page_bytes;
 }
 
 void PagePool::give(std::int32_t page) {
@@ -42,8 +47,7 @@ void PagePool::give(std::int32_t page) {
   free_.push_back(page);
   // The other pool may need the bytes: a free page must not keep memory the budget thinks is free.
   if (pages_.page_bytes > 0) {
-    auto* base = static_cast<std::byte*>(pages_.base);
-    backend_.discard(base + static_cast<std::size_t>(page) * pages_.page_bytes, pages_.page_bytes);
+    backend_.discard(place_of(page), pages_.page_bytes);
   }
 }
 

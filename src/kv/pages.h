@@ -1,4 +1,4 @@
-// Fixed-size KV pages from one reservation of address space; untouched pages cost no memory. Two
+// Fixed-size KV pages from one reservation of address space; unused pages cost no memory. Two
 // pools (local and global layers) draw on one budget of bytes. Knows nothing of sequences.
 #pragma once
 
@@ -34,6 +34,8 @@ class PagePool {
   void check_invariants() const;
 
  private:
+  std::byte* place_of(std::int32_t page) const;
+
   Backend& backend_;
   KvBudget& budget_;
   KvPages pages_;

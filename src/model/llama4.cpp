@@ -8,7 +8,7 @@ namespace {
 
 Tensor slice(Tensor x, std::int64_t first_row, std::int64_t n_rows, std::size_t element_bytes) {
   const auto offset = static_cast<std::size_t>(first_row * x.row_stride) * element_bytes;
-  return {static_cast<std::byte*>(x.data) + offset, n_rows, x.dim, x.row_stride};
+  return {static_cast<std::byte*>(x.data) + offset, n_rows, x.dim, x.row_stride, x.role};
 }
 
 }  // namespace
@@ -24,34 +24,46 @@ Llama4::Llama4(Backend& backend, const ModelConfig& config, const Weights& weigh
     layer.qk_norm = config.use_qk_norm && layer.rotate;
     layer.scale_queries = config.temperature_tuning && !layer.rotate;
     layer.kv_layer = layer.local ? n_local++ : n_global++;
-    layer.n_heads = config.n_heads;
     layer.eps = config.rms_norm_eps;
     attention_.push_back(layer);
   }
 }
 
-void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> features,
-                     std::span<const std::int32_t> rows, float* logits) {
+void Llama4::start(const StepPlan& plan, std::span<const EmbeddingRun> features) {
   const auto n_tokens = static_cast<std::int64_t>(plan.tokens.size());
-  const Tensor x = rows_of(hidden_, n_tokens, config_.dim);
-  const Tensor h = rows_of(normed_, n_tokens, config_.dim);
-  const Tensor qkv = rows_of(qkv_, n_tokens, config_.qkv_dim());
-  const Tensor a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim);
+  const auto n_rows = static_cast<std::int64_t>(plan.rows.size());
+  Rows& rows = rows_;
+  rows.x = rows_of(hidden_, n_tokens, config_.dim, Role::kSum);
+  rows.h = rows_of(normed_, n_tokens, config_.dim, Role::kOperand);
+  rows.qkv = rows_of(qkv_, n_tokens, config_.qkv_dim(), Role::kSum);
+  rows.a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim, Role::kOperand);
+  rows.last = rows_of(last_, n_rows, config_.dim, Role::kSum);
+  rows.logits = rows_of(logits_, n_rows, config_.vocab_size, Role::kSum);
+  if (backend_.begin(plan)) run(rows, features);
+  backend_.end();
+}
 
-  backend_.begin(plan);
-  backend_.embed(x, plan.tokens, weights_.embedding());
+void Llama4::download_logits(std::int64_t first_row, std::int64_t n_rows, float* out) {
+  if (n_rows == 0) return;
+  backend_.download(
+      out, slice(rows_.logits, first_row, n_rows, backend_.element_bytes(rows_.logits.role)));
+}
+
+void Llama4::run(const Rows& rows, std::span<const EmbeddingRun> features) {
+  const Tensor x = rows.x, h = rows.h;
+  backend_.embed(x, weights_.embedding());
   for (const EmbeddingRun& run : features) {
-    backend_.upload_rows(slice(x, run.first_row, run.n_rows, backend_.activation_bytes()),
+    backend_.upload_rows(slice(x, run.first_row, run.n_rows, backend_.element_bytes(x.role)),
                          run.values);
   }
   for (std::size_t i = 0; i < weights_.layers().size(); ++i) {
     const LayerWeights& layer = weights_.layers()[i];
 
     backend_.norm(h, x, layer.input_norm, config_.rms_norm_eps);
-    backend_.matmul(qkv, h, *layer.qkv);
-    backend_.store_kv(qkv, attention_[i]);
-    backend_.attend(a, qkv, attention_[i]);
-    backend_.matmul_add(x, a, *layer.o);
+    backend_.matmul(rows.qkv, h, *layer.qkv);
+    backend_.store_kv(rows.qkv, attention_[i]);
+    backend_.attend(rows.a, rows.qkv, attention_[i]);
+    backend_.matmul_add(x, rows.a, *layer.o);
 
     backend_.norm(h, x, layer.post_norm, config_.rms_norm_eps);
     if (layer.experts) {
@@ -60,31 +72,35 @@ void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> feature
       backend_.mlp(x, h, *layer.dense);
     }
   }
-  if (rows.empty()) return;
+  if (rows.last.n_rows == 0) return;
 
   // The head is the largest matrix: only rows somebody asked for go through it.
-  const auto n_rows = static_cast<std::int64_t>(rows.size());
-  const Tensor last = rows_of(normed_, n_rows, config_.dim);
-  const Tensor out = rows_of(logits_, n_rows, config_.vocab_size);
-  backend_.select_rows(last, x, rows);
-  backend_.norm(last, last, weights_.final_norm(), config_.rms_norm_eps);
-  backend_.matmul(out, last, weights_.head());
-  backend_.download(logits, out);
+  const Tensor normed = slice(h, 0, rows.last.n_rows, 0);
+  backend_.select_rows(rows.last, x);
+  backend_.norm(normed, rows.last, weights_.final_norm(), config_.rms_norm_eps);
+  backend_.matmul(rows.logits, normed, weights_.head());
+  backend_.find_top(rows.logits);
 }
 
 std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {
-  const std::int64_t per_token =
-      2 * config_.dim + config_.qkv_dim() + config_.n_heads * config_.head_dim;
-  return static_cast<std::size_t>(n_tokens * per_token) * backend_.activation_bytes();
+  const auto bytes = [&](std::int64_t dim, Role role) {
+    return static_cast<std::size_t>(n_tokens * backend_.row_stride(dim)) *
+           backend_.element_bytes(role);
+  };
+  return bytes(config_.dim, Role::kSum) + bytes(config_.dim, Role::kOperand) +
+         bytes(config_.qkv_dim(), Role::kSum) +
+         bytes(config_.n_heads * config_.head_dim, Role::kOperand);
 }
 
-Tensor Llama4::rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim) {
-  const std::size_t bytes = static_cast<std::size_t>(n_rows * dim) * backend_.activation_bytes();
+Tensor Llama4::rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim, Role role) {
+  const std::int64_t stride = backend_.row_stride(dim);
+  const std::size_t bytes =
+      static_cast<std::size_t>(n_rows * stride) * backend_.element_bytes(role);
   if (buffer.bytes < bytes) {
     buffer = Buffer{};  // first free, then take: the two never coexist
     buffer = backend_.allocate(bytes);
   }
-  return {buffer.data.get(), n_rows, dim, dim};
+  return {buffer.data.get(), n_rows, dim, stride, role};
 }
 
 }  // namespace camelid

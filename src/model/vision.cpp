@@ -67,6 +67,11 @@ void unfold(const VisionConfig& c, const float* pixels, float* rows) {
   }
 }
 
+// The same memory with other rows, as the backend wants them.
+Tensor reshape(const Backend& backend, Tensor x, std::int64_t n_rows, std::int64_t dim) {
+  return {x.data, n_rows, dim, backend.row_stride(dim), x.role};
+}
+
 }  // namespace
 
 VisionTower::VisionTower(Backend& backend, const VisionConfig& config, std::int64_t text_dim,
@@ -154,12 +159,36 @@ std::size_t VisionTower::workspace_bytes() const {
          static_cast<std::size_t>(on_host) * sizeof(float);
 }
 
-std::size_t VisionTower::rows_bytes() const {
+// Lays out all rows from `base` on and says how many bytes they take.
+VisionTower::Rows VisionTower::place_rows_at(std::byte* base, std::size_t& bytes) const {
+  bytes = 0;
+  const auto take = [&](std::int64_t n_rows, std::int64_t dim, Role role) {
+    const std::int64_t stride = backend_.row_stride(dim);
+    const Tensor tensor{base == nullptr ? nullptr : base + bytes, n_rows, dim, stride, role};
+    constexpr std::size_t kAlignment = 64;
+    const std::size_t taken =
+        static_cast<std::size_t>(n_rows * stride) * backend_.element_bytes(role);
+    bytes += (taken + kAlignment - 1) / kAlignment * kAlignment;
+    return tensor;
+  };
   const VisionConfig& c = config_;
-  const std::int64_t of_row = 6 * c.dim + std::max(c.ffn_dim, c.patch_dim());
-  const std::int64_t of_token = c.shuffled_dim() + 2 * c.adapter_dim + text_dim_;
-  return static_cast<std::size_t>(c.n_rows() * of_row + c.tokens_per_tile() * of_token) *
-         backend_.activation_bytes();
+  Rows rows;
+  rows.x = take(c.n_rows(), c.dim, Role::kSum);
+  rows.h = take(c.n_rows(), c.dim, Role::kOperand);
+  rows.qkv = take(c.n_rows(), 3 * c.dim, Role::kSum);
+  rows.attended = take(c.n_rows(), c.dim, Role::kOperand);
+  rows.wide = take(c.n_rows(), std::max(c.ffn_dim, c.patch_dim()), Role::kOperand);
+  rows.shuffled = take(c.tokens_per_tile(), c.shuffled_dim(), Role::kOperand);
+  rows.first = take(c.tokens_per_tile(), c.adapter_dim, Role::kOperand);
+  rows.second = take(c.tokens_per_tile(), c.adapter_dim, Role::kOperand);
+  rows.projected = take(c.tokens_per_tile(), text_dim_, Role::kSum);
+  return rows;
+}
+
+std::size_t VisionTower::rows_bytes() const {
+  std::size_t bytes = 0;
+  place_rows_at(nullptr, bytes);
+  return bytes;
 }
 
 // Keys and values of one tile and layer in pages of their own, used again by every layer.
@@ -177,32 +206,22 @@ void VisionTower::plan_tile() {
   KvPlan& plan = plan_.global;
   KvPages& pages = plan.pages;
   pages = tile_pages();
+  plan.n_heads = config_.n_heads;
+  plan.causal = false;
   pages_ = backend_.allocate(pages.page_bytes * static_cast<std::size_t>(n_pages()));
   pages.base = pages_.data.get();
   page_table_.resize(static_cast<std::size_t>(n_pages()));
   std::iota(page_table_.begin(), page_table_.end(), 0);
   plan.spans = {{0, config_.n_rows(), 0, page_table_.data()}};
   plan.rotation = vision_rotation(config_);
+  shuffled_rows_ = shuffled_rows(config_);
+  plan_.rows = shuffled_rows_;
 }
 
 VisionTower::Rows VisionTower::place_rows() {
   if (rows_.bytes == 0) rows_ = backend_.allocate(rows_bytes());
-  auto* next = static_cast<std::byte*>(rows_.data.get());
-  const auto take = [&](std::int64_t n_rows, std::int64_t dim) {
-    const Tensor tensor{next, n_rows, dim, dim};
-    next += static_cast<std::size_t>(n_rows * dim) * backend_.activation_bytes();
-    return tensor;
-  };
-  const VisionConfig& c = config_;
-  Rows rows;
-  rows.x = take(c.n_rows(), c.dim);
-  rows.h = take(c.n_rows(), c.dim);
-  rows.qkv = take(c.n_rows(), 3 * c.dim);
-  rows.attended = take(c.n_rows(), c.dim);
-  rows.wide = take(c.n_rows(), std::max(c.ffn_dim, c.patch_dim()));
-  rows.shuffled = take(c.tokens_per_tile(), c.shuffled_dim());
-  rows.adapted = take(c.tokens_per_tile(), 2 * c.adapter_dim + text_dim_);
-  return rows;
+  std::size_t bytes = 0;
+  return place_rows_at(static_cast<std::byte*>(rows_.data.get()), bytes);
 }
 
 // x = norm_pre([patches w; class] + positions).
@@ -210,7 +229,7 @@ void VisionTower::embed(const Rows& rows, const float* pixels) {
   const VisionConfig& c = config_;
   host_rows_.resize(static_cast<std::size_t>(c.n_patches() * c.patch_dim()));
   unfold(c, pixels, host_rows_.data());
-  const Tensor patches{rows.wide.data, c.n_patches(), c.patch_dim(), c.patch_dim()};
+  const Tensor patches = reshape(backend_, rows.wide, c.n_patches(), c.patch_dim());
   backend_.upload_rows(patches, host_rows_.data());
   // The class token and the positions first, then the patches are added to them.
   start_ = positions_;
@@ -219,7 +238,7 @@ void VisionTower::embed(const Rows& rows, const float* pixels) {
         class_row_[static_cast<std::size_t>(i)];
   }
   backend_.upload_rows(rows.x, start_.data());
-  const Tensor of_patches{rows.x.data, c.n_patches(), c.dim, c.dim};
+  const Tensor of_patches = reshape(backend_, rows.x, c.n_patches(), c.dim);
   backend_.matmul_add(of_patches, patches, *patch_);
   backend_.layer_norm(rows.x, rows.x, norm_pre_.gain, norm_pre_.bias, kNormEps);
 }
@@ -227,8 +246,6 @@ void VisionTower::embed(const Rows& rows, const float* pixels) {
 void VisionTower::run_layer(const Rows& rows, const Layer& layer) {
   AttentionLayer attention;
   attention.rotate = true;
-  attention.causal = false;
-  attention.n_heads = config_.n_heads;
   attention.eps = kNormEps;
   backend_.layer_norm(rows.h, rows.x, layer.norm1.gain, layer.norm1.bias, kNormEps);
   backend_.matmul(rows.qkv, rows.h, *layer.qkv.w);
@@ -238,7 +255,7 @@ void VisionTower::run_layer(const Rows& rows, const Layer& layer) {
   backend_.matmul_add(rows.x, rows.attended, *layer.o.w);
   backend_.add_bias(rows.x, layer.o.bias);
 
-  const Tensor wide{rows.wide.data, config_.n_rows(), config_.ffn_dim, config_.ffn_dim};
+  const Tensor wide = reshape(backend_, rows.wide, config_.n_rows(), config_.ffn_dim);
   backend_.layer_norm(rows.h, rows.x, layer.norm2.gain, layer.norm2.bias, kNormEps);
   backend_.matmul(wide, rows.h, *layer.fc1.w);
   backend_.add_bias(wide, layer.fc1.bias);
@@ -248,23 +265,16 @@ void VisionTower::run_layer(const Rows& rows, const Layer& layer) {
 }
 
 // Squares of patches side by side, the adapter's MLP with GELU after both maps, the projector.
-void VisionTower::adapt(const Rows& rows, float* out) {
+void VisionTower::adapt(const Rows& rows) {
   const VisionConfig& c = config_;
   backend_.layer_norm(rows.x, rows.x, norm_post_.gain, norm_post_.bias, kNormEps);
-  const Tensor parts{rows.shuffled.data, c.n_patches(), c.dim, c.dim};
-  backend_.select_rows(parts, rows.x, shuffled_rows(c));
-  auto* next = static_cast<std::byte*>(rows.adapted.data);
-  const std::size_t bytes =
-      static_cast<std::size_t>(c.tokens_per_tile() * c.adapter_dim) * backend_.activation_bytes();
-  const Tensor first{next, c.tokens_per_tile(), c.adapter_dim, c.adapter_dim};
-  const Tensor second{next + bytes, c.tokens_per_tile(), c.adapter_dim, c.adapter_dim};
-  const Tensor projected{next + 2 * bytes, c.tokens_per_tile(), text_dim_, text_dim_};
-  backend_.matmul(first, rows.shuffled, *adapter_fc1_);
-  backend_.gelu(first);
-  backend_.matmul(second, first, *adapter_fc2_);
-  backend_.gelu(second);
-  backend_.matmul(projected, second, *projector_);
-  backend_.download(out, projected);
+  // The parts of a square, one after the other: as many rows of the patches' width.
+  backend_.select_rows({rows.shuffled.data, c.n_patches(), c.dim, c.dim, Role::kOperand}, rows.x);
+  backend_.matmul(rows.first, rows.shuffled, *adapter_fc1_);
+  backend_.gelu(rows.first);
+  backend_.matmul(rows.second, rows.first, *adapter_fc2_);
+  backend_.gelu(rows.second);
+  backend_.matmul(rows.projected, rows.second, *projector_);
 }
 
 void VisionTower::encode(std::span<const float> pixels, float* out) {
@@ -276,7 +286,9 @@ void VisionTower::encode(std::span<const float> pixels, float* out) {
     backend_.begin(plan_);
     embed(rows, pixels.data() + at);
     for (const Layer& layer : layers_) run_layer(rows, layer);
-    adapt(rows, out);
+    adapt(rows);
+    backend_.end();
+    backend_.download(out, rows.projected);
     out += config_.tokens_per_tile() * text_dim_;
   }
 }

@@ -71,7 +71,7 @@ class VisionTower {
     BiasedLinear qkv, o, fc1, fc2;
   };
   struct Rows {
-    Tensor x, h, qkv, attended, wide, shuffled, adapted;
+    Tensor x, h, qkv, attended, wide, shuffled, first, second, projected;
   };
   LayerNorm upload_norm(const LayerNormSource& source, const char* name);
   void check_values(std::span<const float> values, std::int64_t wanted, const char* name) const;
@@ -81,11 +81,12 @@ class VisionTower {
   KvPages tile_pages() const;
   std::int64_t n_pages() const;
   std::size_t rows_bytes() const;
+  Rows place_rows_at(std::byte* base, std::size_t& bytes) const;
   void plan_tile();
   Rows place_rows();
   void embed(const Rows& rows, const float* pixels);
   void run_layer(const Rows& rows, const Layer& layer);
-  void adapt(const Rows& rows, float* out);
+  void adapt(const Rows& rows);
 
   Backend& backend_;
   VisionConfig config_;
@@ -99,6 +100,7 @@ class VisionTower {
   StepPlan plan_;
   KvType kv_type_;
   std::vector<std::int32_t> page_table_;
+  std::vector<std::int32_t> shuffled_rows_;  // the plan's rows
   Buffer pages_, rows_;
   std::vector<float> host_rows_, start_;  // [n_patches, patch_dim] and [n_rows, dim]
 };

@@ -47,13 +47,14 @@ void check_shape(const LinearSource& source, std::int64_t out_dim, std::int64_t 
 }
 
 std::unique_ptr<Matrix> pack_linears(Backend& backend, std::span<const LinearSource> stack,
-                                     WeightChoice choice, bool precise, const OnPacked& on_packed) {
+                                     WeightChoice choice, bool precise, const OnPacked& on_packed,
+                                     Stack kind) {
   std::vector<PackOptions> options;
   for (const LinearSource& source : stack) {
     options.push_back(options_for(source, choice));
     options.back().precise = precise;
   }
-  std::unique_ptr<Matrix> matrix = backend.pack(stack, options);
+  std::unique_ptr<Matrix> matrix = backend.pack(stack, options, kind);
   if (on_packed) {
     for (const LinearSource& source : stack) on_packed(source.name);
   }
@@ -74,8 +75,8 @@ Weights::Weights(Backend& backend, const ModelConfig& config, WeightOptions opti
     : backend_(backend), config_(config), options_(options), on_packed_(std::move(on_packed)) {}
 
 std::unique_ptr<Matrix> Weights::pack(std::vector<LinearSource> stack, WeightChoice choice,
-                                      bool precise) {
-  std::unique_ptr<Matrix> matrix = pack_linears(backend_, stack, choice, precise, on_packed_);
+                                      bool precise, Stack kind) {
+  std::unique_ptr<Matrix> matrix = pack_linears(backend_, stack, choice, precise, on_packed_, kind);
   bytes_ += matrix->bytes;
   return matrix;
 }
@@ -103,7 +104,7 @@ Mlp Weights::pack_mlp(const MlpSources& sources, std::int64_t ffn_dim) {
   check_shape(sources.up, ffn_dim, config_.dim);
   check_shape(sources.down, config_.dim, ffn_dim);
   Mlp mlp;
-  mlp.gate_up = pack({sources.gate, sources.up}, options_.body);
+  mlp.gate_up = pack({sources.gate, sources.up}, options_.body, false, Stack::kGateUp);
   mlp.down = pack({sources.down}, options_.body);
   return mlp;
 }
@@ -147,6 +148,7 @@ void Weights::load_layer(const LayerSources& sources) {
       experts.routed.push_back(pack_mlp(expert, config_.expert_dim));
     }
     experts.shared = pack_mlp(*sources.shared, config_.expert_dim);
+    backend_.prepare(experts);
     layer.experts = std::move(experts);
   } else {
     if (!sources.dense)

@@ -52,7 +52,8 @@ using OnPacked = std::function<void(const std::string& name)>;
 
 // Packs linears that share an input, each as `choice` or as it is stored.
 std::unique_ptr<Matrix> pack_linears(Backend& backend, std::span<const LinearSource> stack,
-                                     WeightChoice choice, bool precise, const OnPacked& on_packed);
+                                     WeightChoice choice, bool precise, const OnPacked& on_packed,
+                                     Stack kind = Stack::kPlain);
 // Throws kCheckpoint unless a source has this shape.
 void check_shape(const LinearSource& source, std::int64_t out_dim, std::int64_t in_dim);
 
@@ -78,7 +79,7 @@ class Weights {
 
  private:
   std::unique_ptr<Matrix> pack(std::vector<LinearSource> stack, WeightChoice choice,
-                               bool precise = false);
+                               bool precise = false, Stack kind = Stack::kPlain);
   Mlp pack_mlp(const MlpSources& sources, std::int64_t ffn_dim);
   Buffer upload_norm(std::span<const float> values, const char* name);
 

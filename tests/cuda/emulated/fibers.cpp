@@ -41,6 +41,7 @@ enum class Copies { kLate, kEarly, kRandom };
 
 struct Machine {
   int n_multiprocessors = 5;
+  int compute_capability = 90;
   std::uint64_t seed = 0;
   std::mt19937 random;
 
@@ -57,6 +58,8 @@ struct Machine {
 
   std::deque<std::function<void()>> work;  // of the stream, which waits
   std::int64_t n_done = 0;                 // of all that was submitted
+  bool recording = false;
+  Record record;
 
   Stacks stacks;
   std::map<const std::byte*, GuardedBytes> allocations;
@@ -335,10 +338,23 @@ void run(const Grid& what, void (*thread)(const void* call), const void* call) {
 // ---- the stream ----
 
 void submit(std::function<void()> work, bool may_wait) {
+  if (machine.recording) {
+    machine.record.emplace_back(std::move(work), may_wait);
+    return;
+  }
   const auto copies = static_cast<Copies>(machine.seed % 3);
   const bool waits = copies == Copies::kLate || (copies == Copies::kRandom && below(2) == 0);
   machine.work.push_back(std::move(work));
   if (machine.work.size() == 1 && !(may_wait && waits)) finish_work(n_submitted());
+}
+
+void start_recording() { machine.recording = true; }
+Record finish_recording() {
+  machine.recording = false;
+  return std::exchange(machine.record, {});
+}
+void replay(const Record& record) {
+  for (const auto& [work, may_wait] : record) submit(work, may_wait);
 }
 
 std::int64_t n_submitted() {
@@ -514,6 +530,7 @@ void fail_here(const Where& where, const std::string& message) {
 }
 
 int multiprocessors() { return machine.n_multiprocessors; }
+int compute_capability() { return machine.compute_capability; }
 
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes) {
   const std::size_t by_shared = kSharedPerMultiprocessor / (shared_bytes + kSharedOfSystem);
@@ -539,6 +556,7 @@ void emulated_seed(std::uint64_t seed) {
 }
 
 void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
+void emulated_compute_capability(int capability) { machine.compute_capability = capability; }
 
 void* device_alloc(std::size_t bytes) {
   GuardedBytes memory("device memory", bytes, kDeviceGuard);

@@ -8,6 +8,7 @@
 #include <map>
 #include <source_location>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "context.h"
@@ -135,6 +136,12 @@ void run(const Grid& grid, void (*thread)(const void* call), const void* call);
 // that `may_wait` does so as the seed says, and what comes after it waits with it.
 void submit(std::function<void()> work, bool may_wait);
 std::int64_t n_submitted();
+
+// Between the two, work is not done but written down, in order; replay() does it once more.
+using Record = std::vector<std::pair<std::function<void()>, bool>>;
+void start_recording();
+Record finish_recording();
+void replay(const Record& record);
 void finish_work(std::int64_t n);  // the first n that were ever submitted
 
 // Waits until all threads of the warp (or of the block) that did not end are here. With an act, all
@@ -173,6 +180,7 @@ std::string place(const Where& where);
 [[noreturn]] void fail_here(const Where& where, const std::string& message);
 
 int multiprocessors();
+int compute_capability();
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
 
 }  // namespace camelid::cuda::emulated
@@ -184,6 +192,7 @@ const char* device_error();
 // late as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
 void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
+void emulated_compute_capability(int capability);  // 90 unless told otherwise
 void* device_alloc(std::size_t bytes);
 int device_free(void* memory);
 int device_copy(void* to, const void* from, std::size_t bytes);

@@ -134,6 +134,8 @@ inline void check(cudaError_t, const char*) {}
 
 inline std::size_t shared_memory_limit() { return 227 * 1024; }
 
+inline int compute_capability() { return emulated::compute_capability(); }
+
 inline int multiprocessors() { return emulated::multiprocessors(); }
 
 template <typename... Parameters>
@@ -147,6 +149,7 @@ struct Launch {
   std::size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
   bool together = false;
+  bool overlaps = false;  // one kernel after the other, here
 };
 
 namespace emulated {

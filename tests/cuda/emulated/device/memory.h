@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -23,7 +24,10 @@ struct FreePinned {
 using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
 using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
 
+inline std::uint64_t n_allocations = 0;
+
 inline DeviceMemory allocate_device(std::size_t bytes) {
+  ++n_allocations;
   return DeviceMemory(static_cast<std::byte*>(device_alloc(bytes)));
 }
 inline PinnedMemory allocate_pinned(std::size_t bytes) {
@@ -33,6 +37,15 @@ inline PinnedMemory allocate_pinned(std::size_t bytes) {
 inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t bytes,
                            cudaStream_t) {
   emulated::submit([=] { std::memcpy(to, pinned, bytes); }, true);
+}
+
+inline void copy_to_host(std::byte* pinned, const std::byte* from, std::size_t bytes,
+                         cudaStream_t) {
+  emulated::submit([=] { std::memcpy(pinned, from, bytes); }, true);
+}
+
+inline void fill_zeros(std::byte* to, std::size_t bytes, cudaStream_t) {
+  emulated::submit([=] { std::memset(to, 0, bytes); }, true);
 }
 
 inline void finish(cudaStream_t) { emulated::finish_work(emulated::n_submitted()); }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "layout/e4m3.h"
 
 namespace camelid::cuda {
 
@@ -51,16 +52,16 @@ inline void load_shared(uint2& value, unsigned from,
                         emulated::Where where = emulated::Where::current()) {
   emulated::load_shared(value, from, where);
 }
-inline void load_shared(std::uint16_t& value, unsigned from,
-                        emulated::Where where = emulated::Where::current()) {
-  emulated::load_shared(value, from, where);
-}
 inline void store_shared(unsigned to, const uint4& value,
                          emulated::Where where = emulated::Where::current()) {
   std::byte* pointer = emulated::at_shared(to);
   emulated::check_shared("store_shared", pointer, sizeof value, where);
   if (emulated::watched) emulated::report(pointer, sizeof value, true, emulated::code_here());
   std::memcpy(pointer, &value, sizeof value);
+}
+inline void load_shared(std::uint16_t& value, unsigned from,
+                        emulated::Where where = emulated::Where::current()) {
+  emulated::load_shared(value, from, where);
 }
 
 // ---- copies from global to shared memory, in flight until they are waited for ----
@@ -199,6 +200,9 @@ inline void load_matrices_transposed(std::uint32_t (&r)[4], unsigned address,
 inline std::uint32_t pack_bf16x2(float low, float high) {
   return emulated::round_bf16(high) << 16 | emulated::round_bf16(low);
 }
+inline std::uint32_t pack_e4m3x2(float low, float high) {
+  return to_e4m3(high) << 8 | to_e4m3(low);
+}
 inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   return pack_bf16x2(low_bf16(a) - low_bf16(b), high_bf16(a) - high_bf16(b));
 }
@@ -219,7 +223,7 @@ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint3
 }
 
 inline float exp_fast(float x) { return std::exp(x); }
-inline float exp2_fast(float x) { return std::exp2(x); }
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float divide_fast(float a, float b) { return a / b; }
 
 // ---- memory that blocks share ----

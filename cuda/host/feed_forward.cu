@@ -1,0 +1,282 @@
+#include "host/feed_forward.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "base/error.h"
+#include "ops/matmul_plain.h"
+
+namespace camelid::cuda {
+namespace {
+
+const Segment& only_segment(const Matrix& matrix) {
+  return static_cast<const DeviceMatrix&>(matrix).segments.front();
+}
+
+bool is_alike(const TileShape& a, const TileShape& b) {
+  return a.rows == b.rows && a.inputs == b.inputs && a.entries == b.entries && a.bits == b.bits &&
+         a.scales == b.scales && a.order == b.order;
+}
+
+// Whether one launch may take both matrices as groups.
+bool is_alike(const Matrix& a, const Matrix& b) {
+  const Segment &x = only_segment(a), &y = only_segment(b);
+  if (x.is_tiled != y.is_tiled) return false;
+  return x.is_tiled ? is_alike(x.tiled.shape, y.tiled.shape)
+                    : x.plain.rows == y.plain.rows && x.plain.inputs == y.plain.inputs;
+}
+bool is_alike(const Mlp& a, const Mlp& b) {
+  return is_alike(*a.gate_up, *b.gate_up) && is_alike(*a.down, *b.down) &&
+         only_segment(*a.gate_up).is_tiled == only_segment(*a.down).is_tiled;
+}
+
+std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to - 1) / to * to; }
+
+}  // namespace
+
+// Group 0 is the shared expert where has_shared, expert e the group after it or group e.
+struct FeedForward::Prepared {
+  bool is_tiled = false;
+  bool has_shared = false;  // among the groups; else it is a matrix of another kind, by itself
+  bool one_launch = false;  // experts_few takes them
+  std::int32_t n_experts = 0;
+  std::int32_t top_k = 1;
+  std::int64_t ffn_dim = 0;
+  DeviceMemory gate_up, down;  // TilePointers, or pointers to plain rows, of each group
+  Segment gate_up_like, down_like;
+  ExpertWeights few;
+
+  RouteShape route_shape(std::int64_t n_tokens) const {
+    return {static_cast<std::int32_t>(n_tokens), n_experts, top_k, has_shared};
+  }
+};
+
+namespace {
+
+// A table of what get(mlp) says of each group.
+template <class T, class Get>
+DeviceMemory upload_table(const std::vector<const Mlp*>& groups, Uploader& uploader,
+                          const Get& get) {
+  std::vector<T> table;
+  for (const Mlp* mlp : groups) table.push_back(get(*mlp));
+  const std::size_t bytes = table.size() * sizeof(T);
+  DeviceMemory memory = allocate_device(bytes);
+  std::memcpy(uploader.next(), table.data(), bytes);
+  uploader.send_to(memory.get(), bytes);
+  return memory;
+}
+
+DeviceMemory upload_pointers(const std::vector<const Mlp*>& groups, bool is_tiled, bool is_down,
+                             Uploader& uploader) {
+  const auto segment = [=](const Mlp& mlp) -> const Segment& {
+    return only_segment(is_down ? *mlp.down : *mlp.gate_up);
+  };
+  if (is_tiled) {
+    return upload_table<TilePointers>(groups, uploader,
+                                      [&](const Mlp& mlp) { return segment(mlp).tiled.at; });
+  }
+  return upload_table<const std::uint16_t*>(groups, uploader,
+                                            [&](const Mlp& mlp) { return segment(mlp).plain.at; });
+}
+
+void check_experts(const Experts& w) {
+  const auto n_experts = static_cast<std::int64_t>(w.routed.size());
+  if (n_experts > kMaxExperts || w.top_k > kMaxTopK) {
+    fail(ErrorCode::kUnsupported, "[cuda] ", n_experts, " experts, of which ", w.top_k,
+         " for each token; a GPU takes up to ", kMaxExperts, " and ", kMaxTopK,
+         ". Use device=\"cpu\".");
+  }
+  for (const Mlp& mlp : w.routed) {
+    if (is_alike(mlp, w.routed.front())) continue;
+    fail(ErrorCode::kUnsupported, "[cuda] the experts of a layer are held in different formats or ",
+         "group sizes; a GPU takes one for all of them. Use device=\"cpu\".");
+  }
+}
+
+}  // namespace
+
+void FeedForward::prepare(Experts& w, Uploader& uploader) {
+  check_experts(w);
+  auto prepared = std::make_shared<Prepared>();
+  Prepared& p = *prepared;
+  const Mlp& first = w.routed.front();
+  p.is_tiled = only_segment(*first.gate_up).is_tiled;
+  p.has_shared = is_alike(w.shared, first);
+  p.n_experts = static_cast<std::int32_t>(w.routed.size());
+  p.top_k = static_cast<std::int32_t>(w.top_k);
+  p.ffn_dim = first.down->in_dim;
+  p.gate_up_like = only_segment(*first.gate_up);
+  p.down_like = only_segment(*first.down);
+  std::vector<const Mlp*> groups;
+  if (p.has_shared) groups.push_back(&w.shared);
+  for (const Mlp& mlp : w.routed) groups.push_back(&mlp);
+  p.gate_up = upload_pointers(groups, p.is_tiled, false, uploader);
+  p.down = upload_pointers(groups, p.is_tiled, true, uploader);
+
+  const Segment& router = only_segment(*w.router);
+  p.one_launch = p.is_tiled && !router.is_tiled;
+  if (p.one_launch) {
+    ExpertWeights& few = p.few;
+    const int shared = p.has_shared ? 1 : 0;
+    few.router = router.plain.at;
+    few.router_stride = router.plain.stride;
+    few.gate_up = reinterpret_cast<const TilePointers*>(p.gate_up.get()) + shared;
+    few.down = reinterpret_cast<const TilePointers*>(p.down.get()) + shared;
+    few.gate_up_shape = p.gate_up_like.tiled.shape;
+    few.down_shape = p.down_like.tiled.shape;
+    if (p.has_shared) {
+      few.shared_gate_up = only_segment(*w.shared.gate_up).tiled;
+      few.shared_down = only_segment(*w.shared.down).tiled;
+    }
+    few.n_experts = p.n_experts;
+    few.top_k = p.top_k;
+    const int most = experts_few_limit(few);
+    products_.workspace(experts_few_needs(few, most));
+    scratch_.at_least(experts_few_scratch_bytes(few, most));
+  }
+  w.prepared = prepared;
+}
+
+Tensor FeedForward::activations(std::int64_t n_rows, std::int64_t dim) {
+  const std::int64_t stride = round_up(dim, 8);
+  const auto bytes = static_cast<std::size_t>(n_rows * stride) * sizeof(std::uint16_t);
+  return {act_.at_least(bytes), n_rows, dim, stride, Role::kOperand};
+}
+
+void FeedForward::mlp(const Tensor& y, const Tensor& x, const Mlp& w) {
+  const Tensor act = activations(x.n_rows, w.down->in_dim);
+  products_.multiply_gated(act, x, static_cast<const DeviceMatrix&>(*w.gate_up));
+  products_.multiply(y, act, static_cast<const DeviceMatrix&>(*w.down), true);
+}
+
+void FeedForward::run_few(const Tensor& y, const Tensor& x, const Prepared& prepared) {
+  ExpertsFew call;
+  call.w = prepared.few;
+  call.x = static_cast<const std::uint16_t*>(x.data);
+  call.n_tokens = static_cast<std::int32_t>(x.n_rows);
+  call.x_stride = static_cast<std::int32_t>(x.row_stride);
+  call.y = static_cast<float*>(y.data);
+  call.y_stride = static_cast<std::int32_t>(y.row_stride);
+  call.scratch = scratch_.at_least(experts_few_scratch_bytes(call.w, call.n_tokens));
+  experts_few(call, products_.workspace(experts_few_needs(call.w, call.n_tokens)), gpu_.stream);
+}
+
+FeedForward::Visits FeedForward::route(const Tensor& x, const Experts& w,
+                                       const Prepared& prepared) {
+  Visits visits;
+  visits.shape = prepared.route_shape(x.n_rows);
+  const auto n_logits = static_cast<std::size_t>(x.n_rows * prepared.n_experts);
+  std::byte* at = logits_.at_least(n_logits * sizeof(float));
+  const Tensor logits{at, x.n_rows, prepared.n_experts, prepared.n_experts, Role::kSum};
+  products_.multiply(logits, x, static_cast<const DeviceMatrix&>(*w.router), false);
+  visits.routes = routes_in(visits.shape, routes_.at_least(routes_bytes(visits.shape)));
+  route_many(visits.shape, static_cast<const float*>(logits.data), visits.routes, gpu_.stream);
+  return visits;
+}
+
+void FeedForward::run_tiled(const Tensor& y, const Tensor& x, const Prepared& p,
+                            const Visits& visits) {
+  const Routes& routes = visits.routes;
+  const std::int64_t n_visits = visits.shape.n_visits();
+  const Tensor act = activations(n_visits, p.ffn_dim);
+  GroupedProduct up;
+  up.shape = p.gate_up_like.tiled.shape;
+  up.groups = reinterpret_cast<const TilePointers*>(p.gate_up.get());
+  up.x = static_cast<const std::uint16_t*>(x.data);
+  up.x_stride = x.row_stride;
+  up.x_rows = routes.token;
+  up.y = act.data;
+  up.y_stride = act.row_stride;
+  up.factors = routes.factor;
+  up.output = Output::kSwiGlu;
+  up.tiles = routes.tiles;
+  up.first_tile = routes.tile_ends;
+  up.last_tile = routes.tile_ends + 2;
+  up.n_visits = static_cast<std::int32_t>(n_visits);
+  grouped_many(gpu_, up);
+
+  GroupedProduct down = up;
+  down.shape = p.down_like.tiled.shape;
+  down.groups = reinterpret_cast<const TilePointers*>(p.down.get());
+  down.x = static_cast<const std::uint16_t*>(act.data);
+  down.x_stride = act.row_stride;
+  down.x_rows = nullptr;
+  down.factors = nullptr;
+  if (p.top_k == 1) {  // a token's row has one visit of the shared expert, and one of another
+    down.y = y.data;
+    down.y_stride = y.row_stride;
+    down.y_rows = routes.token;
+    down.output = Output::kAdd;
+    down.last_tile = routes.tile_ends + 1;
+    if (p.has_shared) grouped_many(gpu_, down);
+    down.first_tile = routes.tile_ends + 1;
+    down.last_tile = routes.tile_ends + 2;
+    grouped_many(gpu_, down);
+    return;
+  }
+  down.y = rows_.at_least(static_cast<std::size_t>(n_visits * y.row_stride) * sizeof(float));
+  down.y_stride = y.row_stride;
+  down.output = Output::kStore;
+  grouped_many(gpu_, down);
+}
+
+void FeedForward::run_plain(const Tensor& y, const Tensor& x, const Prepared& p,
+                            const Visits& visits) {
+  const Routes& routes = visits.routes;
+  const std::int64_t n_visits = visits.shape.n_visits();
+  const Tensor act = activations(n_visits, p.ffn_dim);
+  const PlainMatrix &gate_up = p.gate_up_like.plain, &of_down = p.down_like.plain;
+  MatmulPlain up;
+  up.groups = reinterpret_cast<const std::uint16_t* const*>(p.gate_up.get());
+  up.rows = gate_up.rows;
+  up.inputs = gate_up.inputs;
+  up.w_stride = gate_up.stride;
+  up.x = static_cast<const std::uint16_t*>(x.data);
+  up.x_stride = static_cast<std::int32_t>(x.row_stride);
+  up.x_rows = routes.token;
+  up.y = act.data;
+  up.y_stride = static_cast<std::int32_t>(act.row_stride);
+  up.factors = routes.factor;
+  up.output = Output::kSwiGlu;
+  up.tiles = routes.tiles;
+  up.first_tile = routes.tile_ends;
+  up.last_tile = routes.tile_ends + 2;
+  up.n_tokens = static_cast<std::int32_t>(n_visits);
+  matmul_plain(up, gpu_.stream);
+
+  MatmulPlain down = up;
+  down.groups = reinterpret_cast<const std::uint16_t* const*>(p.down.get());
+  down.rows = of_down.rows;
+  down.inputs = of_down.inputs;
+  down.w_stride = of_down.stride;
+  down.x = static_cast<const std::uint16_t*>(act.data);
+  down.x_stride = static_cast<std::int32_t>(act.row_stride);
+  down.x_rows = nullptr;
+  down.factors = nullptr;
+  down.y = rows_.at_least(static_cast<std::size_t>(n_visits * y.row_stride) * sizeof(float));
+  down.y_stride = static_cast<std::int32_t>(y.row_stride);
+  down.output = Output::kStore;
+  matmul_plain(down, gpu_.stream);
+}
+
+void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w) {
+  const auto& prepared = *static_cast<const Prepared*>(w.prepared.get());
+  if (!prepared.has_shared) mlp(y, x, w.shared);
+  if (prepared.one_launch && x.n_rows <= experts_few_limit(prepared.few)) {
+    run_few(y, x, prepared);
+    return;
+  }
+  const Visits visits = route(x, w, prepared);
+  prepared.is_tiled ? run_tiled(y, x, prepared, visits) : run_plain(y, x, prepared, visits);
+  if (prepared.is_tiled && prepared.top_k == 1) return;  // added already
+  CombineRows combine;
+  combine.rows = reinterpret_cast<const float*>(rows_.get());
+  combine.rows_stride = y.row_stride;
+  combine.y = static_cast<float*>(y.data);
+  combine.y_stride = y.row_stride;
+  combine.dim = static_cast<std::int32_t>(round_up(y.dim, 4));  // the rest is padding of both
+  combine_rows(visits.shape, visits.routes, combine, gpu_.stream);
+}
+
+}  // namespace camelid::cuda

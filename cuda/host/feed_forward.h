@@ -1,0 +1,40 @@
+// The feed-forward half of a layer: dense blocks, and experts with their router, for few tokens in
+// one launch and for many as grouped products.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "host/products.h"
+#include "ops/experts_few.h"
+#include "ops/route_many.h"
+
+namespace camelid::cuda {
+
+class FeedForward {
+ public:
+  FeedForward(const Gpu& gpu, Products& products) : gpu_(gpu), products_(products) {}
+
+  void prepare(Experts& experts, Uploader& uploader);  // see Backend::prepare
+  void mlp(const Tensor& y, const Tensor& x, const Mlp& w);
+  void experts(const Tensor& y, const Tensor& x, const Experts& w);
+
+ private:
+  struct Prepared;
+  // Where the visits of a step go, and in what memory.
+  struct Visits {
+    RouteShape shape;
+    Routes routes;
+  };
+  Visits route(const Tensor& x, const Experts& w, const Prepared& prepared);
+  Tensor activations(std::int64_t n_rows, std::int64_t dim);
+  void run_few(const Tensor& y, const Tensor& x, const Prepared& prepared);
+  void run_tiled(const Tensor& y, const Tensor& x, const Prepared& prepared, const Visits& visits);
+  void run_plain(const Tensor& y, const Tensor& x, const Prepared& prepared, const Visits& visits);
+
+  Gpu gpu_;
+  Products& products_;
+  GrowingMemory act_, logits_, routes_, rows_, scratch_;
+};
+
+}  // namespace camelid::cuda

@@ -1,0 +1,53 @@
+// Products of activations with packed matrices: which kernel takes which matrix and how many
+// tokens, and the memory those kernels share. It knows no layers.
+#pragma once
+
+#include <cstdint>
+
+#include "base/tensor.h"
+#include "device/growing.h"
+#include "host/matrix.h"
+#include "ops/grouped.h"
+#include "ops/matmul_few.h"
+
+namespace camelid::cuda {
+
+// What of the GPU decides between kernels.
+struct Gpu {
+  int multiprocessors = 0;
+  int capability = 0;  // 90 for Hopper
+  cudaStream_t stream = nullptr;
+
+  bool is_hopper() const { return capability == 90; }
+};
+
+// From so many tokens on, tensor cores have more to do than memory: kernels for many take over.
+constexpr std::int64_t kMostFewTokens = 64;
+
+// The instance for this GPU.
+void grouped_many(const Gpu& gpu, const GroupedProduct& product);
+
+class Products {
+ public:
+  explicit Products(const Gpu& gpu) : gpu_(gpu) {}
+
+  // Takes the memory that products of few tokens with such a matrix need, so that they never wait
+  // for it.
+  void prepare(const DeviceMatrix& matrix);
+  Workspace workspace(const WorkspaceNeed& need);  // at least so large
+
+  // y = x w^T, or y += x w^T; y of operands is rounded.
+  void multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w, bool add);
+  // y = silu(gate) * up, operands, of a matrix packed as Stack::kGateUp.
+  void multiply_gated(const Tensor& y, const Tensor& x, const DeviceMatrix& w);
+
+ private:
+  void multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output);
+  void multiply_plain(void* y, const Tensor& rows_of_y, const Tensor& x, const PlainMatrix& w,
+                      Output output);
+
+  Gpu gpu_;
+  GrowingMemory sums_, counters_, dense_workspace_;
+};
+
+}  // namespace camelid::cuda

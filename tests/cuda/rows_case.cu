@@ -1,0 +1,142 @@
+// C functions over what works row by row and over the best logits, for tests.
+#include "case.h"
+#include "layout/e4m3.h"
+#include "ops/rows.h"
+#include "ops/store_kv.h"
+#include "ops/top_logits.h"
+
+using namespace camelid::cuda;
+
+extern "C" {
+
+struct CaseRows {
+  void* data;
+  std::int32_t n_rows, dim;
+  std::int64_t stride;
+  std::int32_t bf16;
+};
+
+static Rows rows_of(const CaseRows& r) {
+  return {r.data, r.n_rows, r.dim, r.stride, r.bf16 != 0 ? Element::kBf16 : Element::kF32};
+}
+
+int case_embed_plain(const CaseRows* y, const std::int32_t* tokens, const std::uint16_t* table,
+                     std::int64_t stride) {
+  return caught([&] {
+    Table t;
+    t.plain = table;
+    t.stride = stride;
+    embed(rows_of(*y), tokens, t, stream);
+  });
+}
+
+struct CaseTable {
+  std::int32_t rows, inputs, entries, bits, scales, order;
+};
+
+int case_embed_tiled(const CaseRows* y, const std::int32_t* tokens, const CaseTable* s,
+                     const std::byte* tiles, const std::byte* scales) {
+  return caught([&] {
+    Table t;
+    t.tiled = {{s->rows, s->inputs, s->entries, static_cast<Bits>(s->bits),
+                static_cast<Scales>(s->scales), static_cast<RowOrder>(s->order)},
+               {tiles, scales}};
+    embed(rows_of(*y), tokens, t, stream);
+  });
+}
+
+int case_rms_norm(const CaseRows* y, const CaseRows* x, const float* gain, float eps) {
+  return caught([&] { rms_norm(rows_of(*y), rows_of(*x), gain, eps, stream); });
+}
+
+int case_layer_norm(const CaseRows* y, const CaseRows* x, const float* gain, const float* bias,
+                    float eps) {
+  return caught([&] { layer_norm(rows_of(*y), rows_of(*x), gain, bias, eps, stream); });
+}
+
+int case_add_bias(const CaseRows* y, const float* bias) {
+  return caught([&] { add_bias(rows_of(*y), bias, stream); });
+}
+
+int case_gelu(const CaseRows* y) {
+  return caught([&] { gelu(rows_of(*y), stream); });
+}
+
+int case_copy_rows(const CaseRows* y, const CaseRows* x, const std::int32_t* rows) {
+  return caught([&] { copy_rows(rows_of(*y), rows_of(*x), rows, stream); });
+}
+
+// ---- keys and values ----
+
+struct CaseKv {
+  void* base;
+  std::int32_t page_size, n_layers, n_kv_heads, head_dim, format;
+  std::int32_t kv_layer, n_heads, n_tokens, qk_norm;
+  float eps;
+  const void* qkv;
+  std::int64_t qkv_stride;
+  void* q;
+  std::int64_t q_stride;
+  const void *places, *rotation, *query_scale;
+};
+
+static KvShape kv_shape_of(const CaseKv& c) {
+  return {c.page_size, c.n_layers, c.n_kv_heads, c.head_dim, static_cast<KvFormat>(c.format)};
+}
+
+int case_store_kv(const CaseKv* c) {
+  return caught([&] {
+    StoreKv call;
+    call.pool = {static_cast<std::byte*>(c->base), kv_shape_of(*c)};
+    call.kv_layer = c->kv_layer;
+    call.n_heads = c->n_heads;
+    call.n_tokens = c->n_tokens;
+    call.qkv = static_cast<const float*>(c->qkv);
+    call.qkv_stride = c->qkv_stride;
+    call.q = static_cast<std::uint16_t*>(c->q);
+    call.q_stride = c->q_stride;
+    call.places = static_cast<const KvPlace*>(c->places);
+    call.rotation = static_cast<const float*>(c->rotation);
+    call.qk_norm = c->qk_norm != 0;
+    call.eps = c->eps;
+    call.query_scale = static_cast<const float*>(c->query_scale);
+    store_kv(call, stream);
+  });
+}
+
+// sizes: bytes of a page, of a side, of a row, and from a side to its scales.
+void case_store_kv_sizes(const CaseKv* c, std::int64_t* sizes) {
+  const KvShape shape = kv_shape_of(*c);
+  sizes[0] = shape.page_bytes();
+  sizes[1] = shape.side_bytes();
+  sizes[2] = shape.row_bytes();
+  sizes[3] = shape.scales_at();
+}
+
+std::int64_t case_kv_keys_at(const CaseKv* c, int layer, int kv_head) {
+  return kv_shape_of(*c).keys_at(layer, kv_head);
+}
+
+// What every byte of e4m3 means, and the bytes of n values, on the host.
+void case_from_e4m3(float* values) {
+  for (std::uint32_t code = 0; code < 256; ++code) values[code] = from_e4m3(code);
+}
+void case_to_e4m3(const float* values, std::uint8_t* codes, int n) {
+  for (int i = 0; i < n; ++i) codes[i] = static_cast<std::uint8_t>(to_e4m3(values[i]));
+}
+
+// ---- the best logits ----
+
+std::int64_t case_top_logits_bytes(int n_rows, int vocab) {
+  return static_cast<std::int64_t>(top_logits_scratch_bytes(n_rows, vocab));
+}
+
+int case_top_logits(void* out, const float* logits, std::int64_t stride, const float* factors,
+                    int n_rows, int vocab, std::byte* scratch, unsigned* counters) {
+  return caught([&] {
+    top_logits(static_cast<TopLogits*>(out), logits, stride, factors, n_rows, vocab, scratch,
+               counters, stream);
+  });
+}
+
+}  // extern "C"
