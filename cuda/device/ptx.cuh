@@ -44,6 +44,9 @@ __device__ inline void store_shared(unsigned to, const uint4& value) {
                "r"(value.z), "r"(value.w)
                : "memory");
 }
+__device__ inline void load_shared(std::uint16_t& value, unsigned from) {
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(value) : "r"(from) : "memory");
+}
 
 // ---- copies from global to shared memory, in flight until they are waited for ----
 
