@@ -196,8 +196,8 @@ class FewCopies {
     }
   }
 
-  // Copies n rows of keys or values; of further ones, and of dims past head_dim, zeros: what lies in
-  // memory there may be NaN, and 0 * NaN is not 0.
+  // Copies n rows of keys or values; of further ones, and of dims past head_dim, zeros: what lies
+  // there in memory may be NaN, and 0 * NaN is not 0.
   __device__ void copy_side(unsigned to, unsigned scales_to, const std::byte* side, int n) {
     const int head_dim = call_.pool.shape.head_dim;
     constexpr int kRows = kWarp / Rows::kPieces;  // that the warp copies at once
