@@ -356,8 +356,8 @@ __device__ void store_result(const QueryTile& tile, const Rows& rows,
   }
 }
 
-// Blocks that share a multiprocessor of sm_80, if their registers let them. Shared memory for 8 bits
-// has room for one less.
+// Blocks that share a multiprocessor of sm_80, if their registers let them. Shared memory for
+// 8 bits has room for one less.
 template <int kDim, KvFormat kFormat>
 constexpr int blocks_together() {
   if (kDim == 256) return 1;

@@ -13,8 +13,8 @@ constexpr int kTileGroups = kKeyTile / kKeyGroup;
 // A call as its kernel gets it: with what would be computed again and again else.
 struct ManyCall : Attention {
   std::int32_t item_count = 0;  // what n_items points at
-  std::int32_t group = 0;           // query heads of a kv head
-  float scale = 0.0f;               // of scores before exp2: log2(e) / sqrt(head_dim)
+  std::int32_t group = 0;       // query heads of a kv head
+  float scale = 0.0f;           // of scores before exp2: log2(e) / sqrt(head_dim)
   std::int32_t row_bytes = 0;
   std::int64_t page_bytes = 0, side_bytes = 0, scales_at = 0;
   const std::byte* keys = nullptr;  // of the layer's first head in page 0

@@ -28,16 +28,16 @@
 //             has two, and a producer warp 330: 1270 of 2048
 //   shared    products 64 bytes a cycle (one half read by each warpgroup), copies 32: 96 of 128
 //   L2        64 KB: 32 bytes a cycle, where 132 SMs get at most 39
-// All fit beside the products. What is lost: softmax of the first and products of the last tile of a
-// job, borders, turns. FlashAttention-3 reaches 0.75 of the peak by the same structure.
+// All fit beside the products. What is lost: softmax of the first and products of the last tile of
+// a job, borders, turns. FlashAttention-3 reaches 0.75 of the peak by the same structure.
 //
 // Registers of a consumer (kDim = 128): 64 of o, 64 of s, 32 of p, 32 of q, about 30 more.
 //
 // e4m3 and int8: the producer copies bytes beside the ring, expands what it copied itself into a
-// slot, exactly, and hands the tile's scales over with its keys. Scales multiply s and p in float32;
-// they take registers, so o is waited for before the softmax, and only the other warpgroup's
-// products run beside it. A consumer warp issues 645, a producer warp 1420: 2710 for 2048 cycles of
-// products, which the tensor cores will feel: 0.75 of bf16's speed, if all else went well.
+// slot, exactly, and hands the tile's scales over with its keys. Scales multiply s and p in
+// float32; they take registers, so o is waited for before the softmax, and only the other
+// warpgroup's products run beside it. A consumer warp issues 645, a producer warp 1420: 2710 for
+// 2048 cycles of products, so these formats are bound by issuing, at 0.75 of the peak at most.
 
 #include "sm90/attention_many.h"
 
@@ -122,9 +122,9 @@ struct Jobs {
 
 // ---- kernel: the producer ----
 
-// A thread's share of a half: a piece of 16 bytes as memory has it, of every kApart-th row. Of bytes,
-// eight lanes have four pieces of an even row and four of the next: so they meet all banks with what
-// they expanded.
+// A thread's share of a half: a piece of 16 bytes as memory has it, of every kApart-th row. Of
+// bytes, eight lanes have four pieces of an even row and four of the next: so they meet all banks
+// with what they expanded.
 template <int kDim, KvFormat kFormat>
 struct Share {
   static constexpr bool kScaled = kFormat != KvFormat::kBf16;
