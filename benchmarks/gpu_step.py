@@ -156,7 +156,7 @@ def measure_decode(
     engine: _core.Engine, config: ModelConfig, kv: str, wanted: int, args: argparse.Namespace
 ) -> Row | None:
     """Measure steps of `wanted` sequences, or of as many as there is memory for."""
-    n_steps = N_WARM + 3 * args.runs
+    n_steps = N_WARM + 3 * args.runs + 2  # one that is started ahead, none in the next chunk
     before = max(1, args.context - n_steps)
     room = engine.memory()["kv_limit_bytes"] // engine.kv_bytes_for(before + n_steps)
     n = min(wanted, room)
