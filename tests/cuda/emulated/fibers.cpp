@@ -30,6 +30,8 @@ constexpr int kThreadsPerMultiprocessor = 2048;
 constexpr int kBlocksPerMultiprocessor = 32;
 constexpr std::size_t kSharedPerMultiprocessor = 228 * 1024;
 constexpr std::size_t kSharedOfSystem = 1024;  // of every block, beside its own
+constexpr int kRegisters = 64 * 1024;          // of a multiprocessor
+constexpr int kMostRegisters = 256;            // of a thread, as they are dealt
 
 constexpr std::size_t kSharedGuard = 4 * 1024;
 constexpr std::size_t kDeviceGuard = 64 * 1024;
@@ -234,6 +236,18 @@ std::string who_waits(const std::deque<Block>& blocks) {
   return told;
 }
 
+// Whoever gives or takes registers is a warpgroup.
+void check_registers(const Block& block) {
+  constexpr std::size_t kWarpgroup = 4 * kLanes;
+  for (std::size_t i = 0; i < block.fibers.size(); ++i) {
+    const int mine = block.fibers[i].registers;
+    const int first = block.fibers[i / kWarpgroup * kWarpgroup].registers;
+    if (mine == first) continue;
+    fail_launch("block ", block.index, ": warps of a warpgroup keep ", first, " and ", mine,
+                " registers");
+  }
+}
+
 void run_blocks(const std::vector<int>& indices) {
   std::deque<Block> blocks;
   std::size_t n_stacks = 0;
@@ -259,6 +273,7 @@ void run_blocks(const std::vector<int>& indices) {
   for (const Block& block : blocks) {
     const std::string damage = block.shared.damage();
     if (!damage.empty()) fail_launch("block ", block.index, ": ", damage);
+    check_registers(block);
   }
 }
 
@@ -301,6 +316,7 @@ Block::Block(int index, int n_threads, std::size_t shared_bytes)
     fiber.block = this;
     fiber.warp = &warp;
     fiber.thread = thread;
+    fiber.registers = std::min(kRegisters / n_threads / 8 * 8, kMostRegisters);
     fiber.history.block = index;
     fiber.history.thread = thread;
     fiber.history.n_threads = n_threads;
@@ -456,6 +472,8 @@ void tell(const unsigned* flag, Fiber& fiber) {
   KnownPtr& told = machine.flags[flag];
   told = join(told, fiber.history.tell());
 }
+
+void look(const char* what, const Where& where) { let_others_go(what, where, true); }
 
 void fence() {
   if (watched) current->history.fence();

@@ -44,7 +44,7 @@ struct Product {
   int group;
 };
 
-// A barrier in shared memory, and one of threads that name the same number.
+// A barrier in shared memory.
 struct BarrierState {
   int expected = 0;
   int came = 0;
@@ -79,6 +79,8 @@ struct Fiber {
   std::vector<const std::uint32_t*> multiplied;  // the a's of products since start_products()
   bool shown = true;  // show_to_products() was called after the last wait for others
 
+  int registers = 0;  // that it keeps
+
   History history;  // kept while accesses are reported
 };
 
@@ -110,7 +112,7 @@ struct Block : Circle {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::map<const void*, BarrierState> barriers;  // by their place in shared memory
-  std::map<int, BarrierState> named_barriers;
+  int spare_registers = 0;  // given by threads and not taken
 };
 
 struct Grid {
@@ -155,6 +157,8 @@ unsigned add(unsigned* counter, unsigned amount, const Where& where);
 void store(unsigned* flag, unsigned value, const Where& where);
 unsigned load(const unsigned* flag, const Where& where);
 void fence();
+// Others go first, since what this thread looked for is not there.
+void look(const char* what, const Where& where);
 
 // An access to memory by compiled code at `code`; checked before it happens.
 void report(const void* pointer, std::size_t n_bytes, bool writes, const void* code);
