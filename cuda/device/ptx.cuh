@@ -47,11 +47,6 @@ __device__ inline void store_shared(unsigned to, const uint4& value) {
 __device__ inline void load_shared(std::uint16_t& value, unsigned from) {
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(value) : "r"(from) : "memory");
 }
-__device__ inline void store_shared(unsigned to, const uint4& value) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
-               : "memory");
-}
 
 // ---- copies from global to shared memory, in flight until they are waited for ----
 
