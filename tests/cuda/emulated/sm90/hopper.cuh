@@ -59,7 +59,7 @@ inline void init_barrier(Barrier* barrier, int arrivals,
 inline void arrive(Barrier* barrier, emulated::Where where = emulated::Where::current()) {
   emulated::BarrierState& state = emulated::state_of(barrier, where);
   emulated::arrive_at(state, *emulated::current);
-  emulated::store(&state.phases, state.phases, where);  // others may go first
+  emulated::let_go("arrive", where);
 }
 
 // Uses the groups of commit_copies(): a thread has either those or this.
