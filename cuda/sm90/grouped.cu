@@ -410,11 +410,11 @@ void launch_kernel(const GroupedProduct& p, const Launch& sized, cudaStream_t st
 }  // namespace
 
 void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t stream) {
-  check_product(p);
   Launch how;
   how.threads = kThreads;
   how.blocks = grouped_blocks(p, kBlockTiles, multiprocessors);
   if (how.blocks == 0) return;
+  check_product(p);
   const bool k4 = p.shape.bits == Bits::k4;
   if (p.shape.scales == Scales::kBf16) {
     (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,
