@@ -26,7 +26,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import gpu_kernels  # noqa: E402
 import records  # noqa: E402
-from attention_cases import CAttention, Plan, kv_sizes, plan_spans  # noqa: E402
+from attention_cases import ITEM, CAttention, Plan, kv_sizes, plan_spans  # noqa: E402
+from attention_many_cases import MANY_QUERIES  # noqa: E402
 from cuda_cases import bf16  # noqa: E402
 from cuda_device import Memory  # noqa: E402
 from gpu_parts import Call, Gpu, Model, Row, n_copies  # noqa: E402
@@ -105,10 +106,9 @@ class Pages:
             one.kv_layer = layer
             yield one
 
-    def plan(self, gpu: Gpu, n_rows: int) -> Plan:
-        """Plan the last n_rows tokens of every sequence."""
-        spans = [(i * n_rows, n_rows, self.n_keys - n_rows, i * self.pages_each)
-                 for i in range(self.n_sequences)]  # fmt: skip
+    def plan(self, gpu: Gpu) -> Plan:
+        """Plan the last token of every sequence."""
+        spans = [(i, 1, self.n_keys - 1, i * self.pages_each) for i in range(self.n_sequences)]
         group = self.c.n_heads // self.c.n_kv_heads
         return plan_spans(gpu.device, np.array(spans, np.int32), group, True)
 
@@ -120,13 +120,23 @@ def queries(gpu: Gpu, model: Attention, n_tokens: int) -> tuple[Memory, Memory]:
     return q, gpu.device.reserve(q.n_bytes)
 
 
+def tiles(n_tokens: int, group: int, size: int) -> NDArray[Any]:
+    """Return a whole prompt's tiles of `size` queries, those with most keys first."""
+    first = np.arange(0, n_tokens * group, size)[::-1]
+    items = np.zeros(len(first), ITEM)
+    items["first_query"], items["n_parts"] = first, 1
+    items["n_queries"] = np.minimum(size, n_tokens * group - first)
+    items["last_key"] = (first + items["n_queries"] - 1) // group + 1
+    return items
+
+
 # ---- attention ----
 def decode_rows(gpu: Gpu, model: Attention, l2_bytes: int) -> Iterator[Row]:
     """Measure one query of every head and sequence against all its keys."""
     for n_sequences, n_keys, forms in model.decode:
         for form in forms:
             pages = Pages(gpu, model, form, n_sequences, n_keys, l2_bytes)
-            plan = pages.plan(gpu, 1)
+            plan = pages.plan(gpu)
             q, y = queries(gpu, model, n_sequences)
             n_floats = plan.n_parts * model.n_kv_heads * pages.part_floats
             counters = np.zeros((max(1, plan.n_counters), model.n_kv_heads), np.uint32)
@@ -144,15 +154,16 @@ def decode_rows(gpu: Gpu, model: Attention, l2_bytes: int) -> Iterator[Row]:
 
 def prefill_rows(gpu: Gpu, model: Attention, l2_bytes: int) -> Iterator[Row]:
     """Measure a whole prompt's attention to itself."""
-    hopper = gpu.info()["capability"] == 90
     for n_tokens, forms in model.prompts:
         for form in forms:
             pages = Pages(gpu, model, form, 1, n_tokens, l2_bytes)
-            items = pages.plan(gpu, n_tokens).many
+            # As the engine chooses: sm90/attention_many.h reads no larger heads.
+            hopper = gpu.info()["capability"] == 90 and model.head_dim <= 128
+            items = tiles(n_tokens, model.n_heads // model.n_kv_heads, MANY_QUERIES[hopper])
             q, y = queries(gpu, model, n_tokens)
             rest = (gpu.device.put(items.view(np.int32)), pages.table, q, y)
             calls: list[Call] = [
-                ("case_attend_many", c, hopper, len(items), pages.memory, *rest)
+                ("case_attend_many", c, int(hopper), len(items), pages.memory, *rest)
                 for c in pages.layers()
             ]
             flops = 4 * model.width * (n_tokens * (n_tokens + 1) // 2)

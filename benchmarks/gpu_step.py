@@ -6,8 +6,9 @@
 
 Weights are random (random_model.py), all else is the engine as it serves: pages, plans, sampling.
 Decoding runs behind a context that was really read, and ends before the chunk does, where local
-layers see most. What is sampled is not fed back; random tokens are. Limits are of limits.py, with
-the peaks that were measured on the same GPU just before.
+layers see most. What is sampled is fed back, since the engine starts a step before it is asked to;
+it is sampled from 100 tokens, so that sequences differ, and choose different experts. Limits are of
+limits.py, with the peaks that were measured on the same GPU just before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -62,15 +64,18 @@ class Row:
 
 # ---- steps ----
 class Sequences:
-    """Open sequences of one engine, fed with random tokens."""
+    """Open sequences of one engine: prompts are random, answers go on with what was sampled."""
 
     def __init__(self, engine: _core.Engine, config: ModelConfig, n: int) -> None:
         from camelid import _core
 
         self._engine, self._config = engine, config
         self._rng = np.random.default_rng(0)
-        greedy = _core.SamplerParams(temperature=0.0)
-        self.ids = [engine.open_sequence(greedy) for _ in range(n)]
+        self.ids = [
+            engine.open_sequence(_core.SamplerParams(temperature=1.0, top_k=100, seed=i))
+            for i in range(n)
+        ]
+        self._next = self._random(n)
 
     def close(self) -> None:
         for sequence in self.ids:
@@ -81,18 +86,24 @@ class Sequences:
         for first in range(0, n_tokens, piece):
             n = min(piece, n_tokens - first)
             last = sample and first + n == n_tokens
-            self._step([sequence], n, SAMPLE if last else NOTHING)
+            self._step([sequence], self._random(n), SAMPLE if last else NOTHING)
 
     def write(self) -> None:
         """Run one token of every sequence, and sample behind each."""
-        self._step(self.ids, 1, SAMPLE)
+        result = self._step(self.ids, self._next, SAMPLE)
+        self._next = np.array([sampled.token for sampled in result.sampled], np.int32)
 
-    def _step(self, sequences: list[int], n_tokens: int, output: int) -> None:
+    def _random(self, n: int) -> NDArray[np.int32]:
+        return self._rng.integers(0, self._config.vocab_size, n, np.int32)
+
+    def _step(
+        self, sequences: list[int], tokens: NDArray[np.int32], output: int
+    ) -> _core.StepResult:
         n = len(sequences)
-        self._engine.step(
+        return self._engine.step(
             np.array(sequences, np.int64),
-            np.full(n, n_tokens, np.int32),
-            self._rng.integers(0, self._config.vocab_size, n * n_tokens, np.int32),
+            np.full(n, len(tokens) // n, np.int32),
+            tokens,
             np.full(n, output, np.uint8),
         )
 
@@ -315,7 +326,7 @@ def markdown(record: dict[str, Any]) -> str:
         "Medians. The limit is the larger of bytes over the read bandwidth and products over the "
         "bf16 peak (benchmarks/limits.py); experts as uniform routing hits them. The device's part "
         "runs from a step's first launch to its last, with the host far ahead; it waits for the "
-        "rest, in which logits are copied, sampled from, and the next step is planned.",
+        "rest, in which the host learns of logits, samples, and plans the next step.",
     ]
     for row in record["rows"]:
         if row["timeline"]:

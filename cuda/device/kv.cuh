@@ -28,6 +28,7 @@ __device__ __forceinline__ void expand_bytes(std::uint32_t word, std::uint32_t& 
   } else {
     // The 4 bits of an e4m3's exponent and the 3 of its mantissa, 4 bits to the right of where they
     // stand in the upper byte, are a bf16 too small by 2^(127 - 7); a subnormal one becomes one.
+    // NaN becomes 480: a row that had one says so by its scale.
     constexpr std::uint32_t kUp120 = 0x7b807b80u, kSign = 0x80008000u, kRest = 0x07f007f0u;
     even = multiply_bf16x2(mask_or(word << 4, kRest, word << 8 & kSign), kUp120);
     odd = multiply_bf16x2(mask_or(word >> 4, kRest, word & kSign), kUp120);

@@ -8,6 +8,7 @@
 #include "ops/attention.h"
 #include "ops/store_kv.h"
 #include "ops/top_logits.h"
+#include "sm90/attention_many.h"
 
 namespace camelid::cuda {
 namespace {
@@ -34,7 +35,7 @@ CudaBackend::CudaBackend(int ordinal, int n_threads)
       uploader_(gpu_.stream),
       products_(gpu_),
       feed_forward_(gpu_, products_),
-      step_(gpu_.stream) {}
+      step_(gpu_) {}
 
 std::size_t CudaBackend::element_bytes(Role role) const {
   return role == Role::kSum ? sizeof(float) : sizeof(std::uint16_t);
@@ -146,8 +147,9 @@ std::unique_ptr<Clock> CudaBackend::make_clock() {
 // memory taken later may have moved what a recording points to.
 bool CudaBackend::begin(const StepPlan& plan) {
   use();
-  if (std::exchange(recording_, false)) Graph::finish(gpu_.stream);  // a call in it failed
+  if (std::exchange(recording_, false)) Graph::abandon(gpu_.stream);
   step_.set(plan);
+  if (!plan.sampling_scale.empty()) top_rows_ = step_.n_rows();
   const KindArrays &local = step_.kind(true), &global = step_.kind(false);
   step_kind_ = nullptr;
   if (!plan.repeatable || local.n_many > 0 || global.n_many > 0) return true;
@@ -250,7 +252,8 @@ void CudaBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   }
   if (kind.n_many > 0) {
     call.items = kind.many;
-    attend_many(call, kind.n_many, gpu_.multiprocessors, gpu_.stream);
+    const auto attend = kind.hopper_many ? sm90::attend_many : attend_many;
+    attend(call, kind.n_many, gpu_.multiprocessors, gpu_.stream);
   }
 }
 
@@ -277,7 +280,6 @@ void CudaBackend::upload_rows(Tensor y, const float* rows) {
 }
 
 void CudaBackend::find_top(Tensor logits) {
-  top_rows_ = static_cast<std::int32_t>(logits.n_rows);
   const auto vocab = static_cast<std::int32_t>(logits.dim);
   const auto n_rows = static_cast<std::size_t>(logits.n_rows);
   const std::size_t bytes = n_rows * sizeof(TopLogits);
@@ -291,16 +293,16 @@ void CudaBackend::find_top(Tensor logits) {
 
 std::vector<camelid::TopLogits> CudaBackend::top() {
   use();
-  if (top_capacity_ < step_.n_rows()) {
-    top_capacity_ = step_.n_rows();
+  if (top_capacity_ < top_rows_) {
+    top_capacity_ = top_rows_;
     top_on_host_ = allocate_pinned(static_cast<std::size_t>(top_capacity_) * sizeof(TopLogits));
   }
-  const std::size_t bytes = static_cast<std::size_t>(step_.n_rows()) * sizeof(TopLogits);
+  const std::size_t bytes = static_cast<std::size_t>(top_rows_) * sizeof(TopLogits);
   copy_to_host(top_on_host_.get(), top_.get(), bytes, gpu_.stream);
   finish(gpu_.stream);
   const auto* found = reinterpret_cast<const TopLogits*>(top_on_host_.get());
   std::vector<camelid::TopLogits> result;
-  for (std::int32_t row = 0; row < step_.n_rows(); ++row) {
+  for (std::int32_t row = 0; row < top_rows_; ++row) {
     const TopLogits& t = found[row];
     const auto n = static_cast<std::size_t>(t.n);
     result.push_back({{t.logits, n}, {t.tokens, n}, t.sum, t.scaled_sum, t.not_finite});

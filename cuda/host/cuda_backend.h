@@ -90,7 +90,7 @@ class CudaBackend final : public Backend {
   StepArrays step_;
   GrowingMemory q_, staged_rows_;  // queries between store_kv and attend; what upload_rows sends
   GrowingMemory top_, top_scratch_, top_counters_;
-  std::int32_t top_rows_ = 0;
+  std::int32_t top_rows_ = 0;  // of the last step that looked for them
   PinnedMemory downloaded_;
   std::size_t downloaded_bytes_ = 0;
   PinnedMemory top_on_host_;

@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "device/growing.h"
+#include "host/gpu.h"
 #include "layout/kv_page.h"
 #include "ops/attention_plan.h"
 
@@ -27,7 +28,8 @@ struct KindArrays {
   const std::int32_t* n_few = nullptr;
   std::int32_t few_count = 0;  // the same on the host
   const AttentionItem* many = nullptr;
-  std::int32_t n_many = 0;  // on the host
+  std::int32_t n_many = 0;   // on the host
+  bool hopper_many = false;  // for Hopper's attend_many
   float* partials = nullptr;
   unsigned* counters = nullptr;
 };
@@ -36,7 +38,7 @@ KvShape kv_shape(const KvPages& pages);  // throws kUnsupported
 
 class StepArrays {
  public:
-  explicit StepArrays(cudaStream_t stream) : stream_(stream) {}
+  explicit StepArrays(const Gpu& gpu) : gpu_(gpu) {}
 
   // Sends what `plan` says; it may be gone when this returns.
   void set(const StepPlan& plan);
@@ -65,7 +67,7 @@ class StepArrays {
   const T* place(std::span<const T> values, GrowingMemory& to);
   void send();
 
-  cudaStream_t stream_;
+  Gpu gpu_;
   std::array<Staged, 2> staged_;
   unsigned turn_ = 0;
   std::vector<Section> sections_;

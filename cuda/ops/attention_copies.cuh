@@ -80,13 +80,35 @@ struct FewShape {
   }
 };
 
+// What KvShape would work out for every tile, worked out once on the host: in bytes.
+struct KvStrides {
+  std::int64_t page = 0;   // from a page to the next
+  std::int64_t layer = 0;  // from a page to the keys of this layer's first head
+  std::int64_t head = 0;   // from keys of a head to the next one's
+  std::int32_t side = 0;   // from keys to values
+  std::int32_t scales = 0;
+  std::int32_t row = 0;
+};
+
+inline KvStrides strides_of(const KvShape& shape, int layer) {
+  return {shape.page_bytes(),
+          shape.keys_at(layer, 0),
+          2 * shape.side_bytes(),
+          static_cast<std::int32_t>(shape.side_bytes()),
+          static_cast<std::int32_t>(shape.scales_at()),
+          shape.row_bytes()};
+}
+
 // The copies of a block, in the order in which it works: all threads call the same functions.
 template <class Shape>
 class FewCopies {
  public:
   // Asks for the first item and its pages, which no kernel writes.
-  __device__ explicit FewCopies(const Attention& call)
-      : call_(call), n_kv_heads_(call.pool.shape.n_kv_heads), n_jobs_(*call.n_items * n_kv_heads_) {
+  __device__ FewCopies(const Attention& call, const KvStrides& strides)
+      : call_(call),
+        strides_(strides),
+        n_kv_heads_(call.pool.shape.n_kv_heads),
+        n_jobs_(*call.n_items * n_kv_heads_) {
     ask_for_item();
     find_job();
   }
@@ -101,13 +123,11 @@ class FewCopies {
     const int n = last_key - tile_ - Shape::warp() * kStepTokens;
     const int id = shuffle(id_, page_);
     if (n > 0) {
-      const KvShape& shape = call_.pool.shape;
-      const std::byte* side =
-          call_.pool.base + id * shape.page_bytes() + shape.keys_at(call_.kv_layer, head_);
+      const std::byte* keys =
+          call_.pool.base + strides_.layer + id * strides_.page + head_ * strides_.head;
       const unsigned to = Shape::rows_at(stage), scales_to = Shape::scales_at(stage);
-      copy_side(to, scales_to, side, n);
-      copy_side(to + Shape::kSideBytes, scales_to + Shape::kScaleBytes, side + shape.side_bytes(),
-                n);
+      copy_side(to, scales_to, keys, n);
+      copy_side(to + Shape::kSideBytes, scales_to + Shape::kScaleBytes, keys + strides_.side, n);
     }
     tile_ += kKeyTile;
     token_ += kKeyTile;
@@ -176,34 +196,33 @@ class FewCopies {
     }
   }
 
-  // Copies n rows of keys or values; of further ones, and of dims past head_dim, zeros: what lies in
-  // memory there may be NaN, and 0 * NaN is not 0.
+  // Copies n rows of keys or values; of further ones, and of dims past head_dim, zeros: what lies
+  // there in memory may be NaN, and 0 * NaN is not 0.
   __device__ void copy_side(unsigned to, unsigned scales_to, const std::byte* side, int n) {
-    const KvShape& shape = call_.pool.shape;
+    const int head_dim = call_.pool.shape.head_dim;
     constexpr int kRows = kWarp / Rows::kPieces;  // that the warp copies at once
     const int first = Shape::lane() / Rows::kPieces, piece = Shape::lane() % Rows::kPieces;
     const unsigned place = to + Rows::place(first, piece);
-    const auto offset = static_cast<unsigned>((token_ + first) * shape.row_bytes() + piece * 16);
+    const auto offset = static_cast<unsigned>((token_ + first) * strides_.row + piece * 16);
     const std::byte* from = side + offset;
-    if (n >= kStepTokens && shape.head_dim == Shape::kDim) {
+    if (n >= kStepTokens && head_dim == Shape::kDim) {
 #pragma unroll
       for (int row = 0; row < kStepTokens; row += kRows) {
         copy_async_once(Rows::further(place, row), from + row * Rows::kRowBytes);
       }
     } else {
-      const int bytes = shape.head_dim * (Shape::kScaled ? 1 : 2) - piece * 16;
+      const int bytes = head_dim * (Shape::kScaled ? 1 : 2) - piece * 16;
 #pragma unroll 1
       for (int row = 0; row < kStepTokens; row += kRows) {
         const int n_bytes = first + row < n ? min(max(bytes, 0), 16) : 0;
         copy_async(Rows::further(place, row), n_bytes == 0 ? side : from, n_bytes);
-        from += kRows * shape.row_bytes();
+        from += kRows * strides_.row;
       }
     }
     if constexpr (Shape::kScaled) {
       if (Shape::lane() < Shape::kScaleBytes / 16) {
         const int at = Shape::lane() * 16;
-        copy_async(scales_to + at,
-                   side + shape.scales_at() + static_cast<unsigned>(token_ * 4 + at),
+        copy_async(scales_to + at, side + static_cast<unsigned>(strides_.scales + token_ * 4 + at),
                    min(max(n * 4 - at, 0), 16));
       }
     }
@@ -235,6 +254,7 @@ class FewCopies {
   }
 
   const Attention& call_;
+  const KvStrides& strides_;
   int n_kv_heads_, n_jobs_;
   // An item's words are spread over the lanes, which takes one register and not seven. The item
   // after this one, and the pages of the next keys, were asked for a turn of the loop before they

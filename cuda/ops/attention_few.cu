@@ -22,9 +22,11 @@ constexpr int part_floats(int dim) { return kFewQueries * (dim + 2); }
 template <class Shape>
 class Few {
  public:
-  // `factor`: log2(e) / sqrt(head_dim).
-  __device__ Few(const Attention& call, float factor)
-      : call_(call), n_kv_heads_(call.pool.shape.n_kv_heads), factor_(factor), copies_(call) {}
+  __device__ Few(const Attention& call, const KvStrides& strides, float factor)
+      : call_(call),
+        n_kv_heads_(call.pool.shape.n_kv_heads),
+        factor_(factor),
+        copies_(call, strides) {}
 
   __device__ void run() {
     wait_for_previous_kernel();
@@ -378,7 +380,7 @@ class Few {
 
   const Attention& call_;
   int n_kv_heads_;
-  float factor_;
+  float factor_;  // log2(e) / sqrt(head_dim)
   FewCopies<Shape> copies_;
   // Of the job in work.
   int round_ = 0;
@@ -389,8 +391,9 @@ class Few {
 
 template <class Shape>
 __global__ void __launch_bounds__(kFewThreads, Shape::kBlocks)
-    run_attention_few(const __grid_constant__ Attention call, float factor) {
-  Few<Shape>(call, factor).run();
+    run_attention_few(const __grid_constant__ Attention call,
+                      const __grid_constant__ KvStrides strides, float factor) {
+  Few<Shape>(call, strides, factor).run();
 }
 
 // ---- choose ----
@@ -448,6 +451,7 @@ void attend_few(const Attention& call, int multiprocessors, cudaStream_t stream)
   check_call(call);
   const KvShape& shape = call.pool.shape;
   const float factor = 1.44269504f / std::sqrt(static_cast<float>(shape.head_dim));
+  const KvStrides strides = strides_of(shape, call.kv_layer);
   const bool done =
       with_few_shape(shape.format, padded_head_dim(shape.head_dim), [&]<class Shape>(Shape) {
         Launch how;
@@ -458,7 +462,7 @@ void attend_few(const Attention& call, int multiprocessors, cudaStream_t stream)
         how.blocks = multiprocessors *
                      blocks_that_fit(run_attention_few<Shape>, how.threads, how.shared_bytes);
         if (how.blocks == 0) return false;
-        launch(kName, run_attention_few<Shape>, how, call, factor);
+        launch(kName, run_attention_few<Shape>, how, call, strides, factor);
         return true;
       });
   if (!done) {

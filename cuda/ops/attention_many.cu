@@ -25,6 +25,8 @@
 
 #include "ops/attention_many.cuh"
 
+#include <cmath>
+
 namespace camelid::cuda {
 namespace {
 
@@ -77,7 +79,7 @@ struct Ring {
   static constexpr int kApart = kThreads / kPieces;
   static constexpr int kEach = kKeyTile / kApart;
 
-  const Attention& call;
+  const ManyCall& call;
   const QueryTile& tile;
   unsigned shared = shared_address(shared_memory());
   int n_halves;
@@ -97,15 +99,8 @@ struct Ring {
     }
   }
 
-  // Of page 0, the keys or values of the head.
-  __device__ const std::byte* side(int which) const {
-    const KvShape& shape = call.pool.shape;
-    return call.pool.base + shape.keys_at(call.kv_layer, tile.kv_head) + which * shape.side_bytes();
-  }
-  // Keys past the item's, and dimensions past the head's, become zeros.
   __device__ void start(int n) {
     if (n >= n_halves) return;
-    const KvShape& shape = call.pool.shape;
     const int thread = not_before(thread_index());
     const int first_key = tile.item().first_key + n / 2 * kKeyTile;
     const int n_keys = tile.item().last_key - first_key;
@@ -114,29 +109,42 @@ struct Ring {
       next = find_keys(call, tile.item(), first_key + kKeyTile + thread % kTileGroups * kKeyGroup);
       if constexpr (M::kScaled) start_scales(n / 2 % 2, n_keys);
     }
-    const std::int64_t place = now.page * shape.page_bytes() + now.slot * shape.row_bytes();
-    const int piece = thread % kPieces, first_row = thread / kPieces, row_bytes = shape.row_bytes();
-    const std::byte* from = side(n % 2) + piece * 16;
-    const int n_bytes = max(0, min(16, shape.head_dim * (M::kScaled ? 1 : 2) - piece * 16));
     const unsigned slot = shared + n % M::kSlots * M::kSlotBytes;
-#pragma unroll 2
+    const std::byte* from = call.side(tile.kv_head, n % 2);
+    if (n_keys >= kKeyTile && call.pool.shape.head_dim == kDim) {
+      copy_rows<true>(slot, from, thread, n_keys);
+    } else {
+      copy_rows<false>(slot, from, thread, n_keys);
+    }
+  }
+  // kWhole: all keys of the tile are the item's, and have kDim dimensions. Else keys past the
+  // item's, and dimensions past the head's, become zeros.
+  template <bool kWhole>
+  __device__ void copy_rows(unsigned slot, const std::byte* from, int thread, int n_keys) const {
+    constexpr int kTogether = kWhole ? kEach : 2;
+    const int piece = thread % kPieces, row = thread / kPieces;
+    const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
+    const int n_bytes = call.pool.shape.head_dim * (M::kScaled ? 1 : 2) - piece * 16;
+    const unsigned to = M::kScaled ? static_cast<unsigned>(thread * 16) : M::row_piece(row, piece);
+    from += piece * 16 + row % kKeyGroup * call.row_bytes;
+#pragma unroll kTogether
     for (int i = 0; i < kEach; ++i) {
-      const int row = first_row + i * kApart;
-      const std::int64_t at = shuffle(place, row / kKeyGroup) + row % kKeyGroup * row_bytes;
-      const bool is = n_bytes > 0 && row < n_keys;
-      const unsigned to = M::kScaled ? static_cast<unsigned>(row * M::kStoredRow + piece * 16)
-                                     : M::row_piece(row, piece);
-      copy_async(slot + to, is ? from + at : call.pool.base, is ? n_bytes : 0);
+      const int on = i * kApart;  // rows
+      const int group = (kApart > kKeyGroup ? row / kKeyGroup : 0) + on / kKeyGroup;
+      const std::byte* at = from + shuffle(place, group) + on % kKeyGroup * call.row_bytes;
+      const int n = kWhole ? 16 : row + on < n_keys ? max(0, min(16, n_bytes)) : 0;
+      const int swizzle = M::kScaled ? 0 : on % 8 * 16;
+      copy_async(slot + (to ^ swizzle) + on * M::kStoredRow, n > 0 ? at : call.pool.base, n);
     }
   }
   // Of keys and values of a tile, by one warp, four at a time.
   __device__ void start_scales(int in_ring, int n_keys) {
     if (thread_index() >= kWarp) return;
-    const KvShape& shape = call.pool.shape;
     const int which = thread_index() / 16, row = thread_index() % 16 * 4;
-    const std::int64_t place = shuffle(now.page * shape.page_bytes() + now.slot * 4, row / 16);
+    const std::int64_t place = shuffle(now.page * call.page_bytes + now.slot * 4, row / kKeyGroup);
     const int n_bytes = max(0, min(16, (n_keys - row) * 4));
-    const std::byte* from = side(which) + shape.scales_at() + place + row % kKeyGroup * 4;
+    const std::byte* from =
+        call.side(tile.kv_head, which) + call.scales_at + place + row % kKeyGroup * 4;
     copy_async(scales(in_ring) + static_cast<unsigned>(which * M::kScalesBytes + row * 4),
                n_bytes > 0 ? from : call.pool.base, n_bytes);
   }
@@ -186,7 +194,7 @@ struct Queries {
 
   // Before anything else is copied.
   __device__ void start(const QueryTile& tile) {
-    const Attention& call = tile.call;
+    const ManyCall& call = tile.call;
     constexpr int kPieces = kDim / 8;
     constexpr int kApart = kThreads / kPieces;
     const int thread = thread_index(), piece = thread % kPieces;
@@ -327,7 +335,7 @@ __device__ __forceinline__ void soften(float (&s)[kScoreTiles][4], float (&o)[kD
 template <int kDim>
 __device__ void store_result(const QueryTile& tile, const Rows& rows,
                              const float (&o)[kDim / 8][4]) {
-  const Attention& call = tile.call;
+  const ManyCall& call = tile.call;
   const int thread = not_before(thread_index());
   const int lane = thread % kWarp, first = thread / kWarp * 16 + lane / 4;
 #pragma unroll
@@ -348,8 +356,8 @@ __device__ void store_result(const QueryTile& tile, const Rows& rows,
   }
 }
 
-// Blocks that share a multiprocessor of sm_80, if their registers let them. Shared memory for 8 bits
-// has room for one less.
+// Blocks that share a multiprocessor of sm_80, if their registers let them. Shared memory for
+// 8 bits has room for one less.
 template <int kDim, KvFormat kFormat>
 constexpr int blocks_together() {
   if (kDim == 256) return 1;
@@ -358,9 +366,9 @@ constexpr int blocks_together() {
 
 template <int kDim, KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kFormat>()))
-    attend_many_kernel(const __grid_constant__ Attention call, int n_items, float scale) {
+    attend_many_kernel(const __grid_constant__ ManyCall call) {
   using M = Memory<kDim, kFormat>;
-  const QueryTile tile(call, block_index(), n_items);
+  const QueryTile tile(call, block_index());
   Queries<kDim, kFormat> queries;
   queries.start(tile);
   if (thread_index() < kManyQueries) M::limit(thread_index()) = tile.limit(thread_index());
@@ -380,9 +388,9 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kFormat>()))
       multiply_keys(s, queries, keys);
       const unsigned scales = ring.scales(n % 2);
       if (first_key + kKeyTile <= M::limit(first_row)) {
-        soften<kDim, kFormat, false>(s, o, p, rows, first_key, scale, scales);
+        soften<kDim, kFormat, false>(s, o, p, rows, first_key, call.scale, scales);
       } else {
-        soften<kDim, kFormat, true>(s, o, p, rows, first_key, scale, scales);
+        soften<kDim, kFormat, true>(s, o, p, rows, first_key, call.scale, scales);
       }
     }
     const unsigned values = ring.use();
@@ -394,29 +402,39 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kFormat>()))
 // ---- choose and launch ----
 
 template <int kDim, KvFormat kFormat>
-void launch_kernel(const Attention& call, int n_items, cudaStream_t stream) {
+void launch_kernel(const ManyCall& call, cudaStream_t stream) {
   Launch how;
-  how.blocks = n_items * call.pool.shape.n_kv_heads;
+  how.blocks = call.item_count * call.pool.shape.n_kv_heads;
   how.threads = kThreads;
   how.shared_bytes = Memory<kDim, kFormat>::kBytes;
   how.stream = stream;
-  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call, n_items,
-         score_scale(call.pool.shape));
+  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call);
 }
 
 template <int kDim>
-void launch_format(const Attention& call, int n_items, cudaStream_t stream) {
+void launch_format(const ManyCall& call, cudaStream_t stream) {
   switch (call.pool.shape.format) {
     case KvFormat::kBf16:
-      return launch_kernel<kDim, KvFormat::kBf16>(call, n_items, stream);
+      return launch_kernel<kDim, KvFormat::kBf16>(call, stream);
     case KvFormat::kE4m3:
-      return launch_kernel<kDim, KvFormat::kE4m3>(call, n_items, stream);
+      return launch_kernel<kDim, KvFormat::kE4m3>(call, stream);
     case KvFormat::kInt8:
-      return launch_kernel<kDim, KvFormat::kInt8>(call, n_items, stream);
+      return launch_kernel<kDim, KvFormat::kInt8>(call, stream);
   }
 }
 
 }  // namespace
+
+ManyCall::ManyCall(const Attention& call, int n_items)
+    : Attention(call),
+      item_count(n_items),
+      group(call.n_heads / call.pool.shape.n_kv_heads),
+      scale(1.44269504f /* log2(e) */ / std::sqrt(static_cast<float>(call.pool.shape.head_dim))),
+      row_bytes(call.pool.shape.row_bytes()),
+      page_bytes(call.pool.shape.page_bytes()),
+      side_bytes(call.pool.shape.side_bytes()),
+      scales_at(call.pool.shape.scales_at()),
+      keys(call.pool.base + call.pool.shape.keys_at(call.kv_layer, 0)) {}
 
 void check_attend_many(const Attention& call, int n_items) {
   const KvShape& shape = call.pool.shape;
@@ -447,7 +465,7 @@ void attend_many(const Attention& call, int n_items, int /*multiprocessors*/, cu
   const int instance = padded_head_dim(call.pool.shape.head_dim);
   (instance == 64    ? launch_format<64>
    : instance == 128 ? launch_format<128>
-                     : launch_format<256>)(call, n_items, stream);
+                     : launch_format<256>)(ManyCall(call, n_items), stream);
 }
 
 }  // namespace camelid::cuda

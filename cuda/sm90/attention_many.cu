@@ -23,15 +23,21 @@
 //
 // Cycles of a tile and block: products 2 x 2 x 64 x 128 x 128 / 2048 = 2048 (kDim = 128).
 //   MUFU      2 warps of each scheduler x 64 exp2, 8 cycles each: 1024
-//   issue     a warp: 64 x (max, fma, exp2, add) + 32 packs + 64 rescales + 16 products and about
-//             60 of waits and shuffles = 430; two warps, and the producer's 32 copies and 130 of
-//             addresses: 1020 of 2048
+//   issue     counted in ptxas 13.0's code: a consumer warp 470 (64 each of max, fma, exp2, add and
+//             rescaling, 32 packs, and what surrounds products and waits), of which each scheduler
+//             has two, and a producer warp 330: 1270 of 2048
 //   shared    products 64 bytes a cycle (one half read by each warpgroup), copies 32: 96 of 128
 //   L2        64 KB: 32 bytes a cycle, where 132 SMs get at most 39
-// All fit beside the products. What is lost: softmax of the first and products of the last tile of a
-// job, borders, turns. FlashAttention-3 reaches 0.75 of the peak by the same structure.
+// All fit beside the products. What is lost: softmax of the first and products of the last tile of
+// a job, borders, turns. FlashAttention-3 reaches 0.75 of the peak by the same structure.
 //
 // Registers of a consumer (kDim = 128): 64 of o, 64 of s, 32 of p, 32 of q, about 30 more.
+//
+// e4m3 and int8: the producer copies bytes beside the ring, expands what it copied itself into a
+// slot, exactly, and hands the tile's scales over with its keys. Scales multiply s and p in
+// float32; they take registers, so o is waited for before the softmax, and only the other
+// warpgroup's products run beside it. A consumer warp issues 645, a producer warp 1420: 2710 for
+// 2048 cycles of products, so these formats are bound by issuing, at 0.75 of the peak at most.
 
 #include "sm90/attention_many.h"
 
@@ -116,13 +122,30 @@ struct Jobs {
 
 // ---- kernel: the producer ----
 
-// The halves of all jobs of this block, one after the other, and this thread's share of copying
-// them: a piece of every 16th (or 32nd) key.
+// A thread's share of a half: a piece of 16 bytes as memory has it, of every kApart-th row. Of
+// bytes, eight lanes have four pieces of an even row and four of the next: so they meet all banks
+// with what they expanded.
+template <int kDim, KvFormat kFormat>
+struct Share {
+  static constexpr bool kScaled = kFormat != KvFormat::kBf16;
+  static constexpr int kPieces = kScaled ? kDim / 16 : 8;  // of a row, or of its part in a panel
+  static constexpr int kApart = kWarpgroup / kPieces;
+  static constexpr int kEach = kKeys / kApart;
+  static_assert(kApart % kKeyGroup == 0);
+  int piece, row;
+  __device__ Share() {
+    const int thread = not_before(thread_index());
+    constexpr bool kPaired = kScaled && kPieces == 8;
+    piece = kPaired ? thread % 4 + thread / 8 % 2 * 4 : thread % kPieces;
+    row = kPaired ? thread / 16 * 2 + thread / 4 % 2 : thread / kPieces;
+  }
+};
+
+// The halves of all jobs of this block, one after the other, as the producer copies them.
 template <int kDim, KvFormat kFormat>
 struct Source {
   using R = Ring<kDim, kFormat>;
-  const Attention& call;
-  int n_items;
+  const ManyCall& call;
   Jobs jobs;
   int number = 0, kv_head = 0;  // of the job
   int first_key = 0;            // of the tile
@@ -132,8 +155,8 @@ struct Source {
   // memory answers late.
   KeyPlace now{}, next{};
 
-  __device__ Source(const Attention& c, int n)
-      : call(c), n_items(n), jobs{n * c.pool.shape.n_kv_heads} {}
+  __device__ explicit Source(const ManyCall& c)
+      : call(c), jobs{c.item_count * c.pool.shape.n_kv_heads} {}
 
   __device__ const AttentionItem& item() const { return call.items[number]; }
   __device__ KeyPlace find(int key) const {
@@ -148,8 +171,8 @@ struct Source {
       int job;
       is = jobs.next(job);
       if (!is) return false;
-      number = job % n_items;
-      kv_head = job / n_items;
+      number = job % call.item_count;
+      kv_head = job / call.item_count;
       first_key = item().first_key;
       next = find(first_key);
     }
@@ -157,46 +180,49 @@ struct Source {
     next = find(first_key + kKeys);
     return true;
   }
-  // Of page 0, the keys or values of the head.
-  __device__ const std::byte* base(int which) const {
-    const KvShape& shape = call.pool.shape;
-    return call.pool.base + shape.keys_at(call.kv_layer, kv_head) + which * shape.side_bytes();
-  }
-  // Keys past the item's, and dimensions past the head's, become zeros.
   __device__ void copy(std::byte* to) const {
-    const KvShape& shape = call.pool.shape;
-    constexpr int kPieces = R::kScaled ? kDim / 16 : 8;  // of a row, or of its part in a panel
-    constexpr int kApart = kWarpgroup / kPieces;
-    const int thread = not_before(thread_index());
-    const int piece = thread % kPieces, first_row = thread / kPieces;
     const int n_keys = item().last_key - first_key;
-    const int n_bytes = shape.head_dim * (R::kScaled ? 1 : 2) - piece * 16;
-    const std::int64_t place = now.page * shape.page_bytes() + now.slot * shape.row_bytes();
-    const std::byte* from = base(side) + first_row % kKeyGroup * shape.row_bytes() + piece * 16;
-    to += R::kScaled ? thread * 16 : first_row * 128 + (piece ^ first_row % 8) * 16;
-#pragma unroll 4
-    for (int i = 0; i < kKeys / kApart; ++i) {
-      const int row = first_row + i * kApart;
-      const std::byte* key = from + shuffle(place, row / kKeyGroup);
+    if (n_keys >= kKeys && call.pool.shape.head_dim == kDim) {
+      copy_rows<true>(shared_address(to), n_keys);
+    } else {
+      copy_rows<false>(shared_address(to), n_keys);
+    }
+  }
+  // kWhole: all keys of the tile are the item's, and have kDim dimensions. Else keys past the
+  // item's, and dimensions past the head's, become zeros.
+  template <bool kWhole>
+  __device__ __forceinline__ void copy_rows(unsigned to, int n_keys) const {
+    using S = Share<kDim, kFormat>;
+    constexpr int kTogether = kWhole ? S::kEach : 1;
+    const S mine;
+    const int n_bytes = call.pool.shape.head_dim * (R::kScaled ? 1 : 2) - mine.piece * 16;
+    const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
+    const std::byte* from =
+        call.side(kv_head, side) + mine.row % kKeyGroup * call.row_bytes + mine.piece * 16;
+    to += static_cast<unsigned>(R::kScaled ? thread_index() * 16
+                                           : mine.row * 128 + (mine.piece ^ mine.row % 8) * 16);
+    const int first_group = S::kApart > kKeyGroup ? mine.row / kKeyGroup : 0;
+#pragma unroll kTogether
+    for (int i = 0; i < S::kEach; ++i) {
+      const std::byte* key = from + shuffle(place, first_group + i * (S::kApart / kKeyGroup));
+      const int left = mine.row + i * S::kApart < n_keys ? n_bytes : 0;
 #pragma unroll
       for (int panel = 0; panel < (R::kScaled ? 1 : R::kPanels); ++panel) {
-        const int left = row < n_keys ? max(0, min(16, n_bytes - panel * 128)) : 0;
-        copy_async(to + panel * kPanelBytes, left > 0 ? key + panel * 128 : call.pool.base, left);
+        const int n = kWhole ? 16 : max(0, min(16, left - panel * 128));
+        copy_async(to + i * kWarpgroup * 16 + panel * kPanelBytes,
+                   n > 0 ? key + panel * 128 : call.pool.base, n);
       }
-      to += kWarpgroup * 16;
     }
   }
   // Scales of keys and values of the tile, four at a time.
   __device__ void copy_scales(std::byte* to) const {
     constexpr int kPieces = kKeys / 4;
     if (thread_index() >= 2 * kPieces) return;
-    const KvShape& shape = call.pool.shape;
     const int thread = not_before(thread_index()), row = thread % kPieces * 4;
-    const std::int64_t place =
-        shuffle(now.page * shape.page_bytes() + now.slot * 4, row / kKeyGroup);
+    const std::int64_t place = shuffle(now.page * call.page_bytes + now.slot * 4, row / kKeyGroup);
     const int n_bytes = max(0, min(16, (item().last_key - first_key - row) * 4));
     const std::byte* from =
-        base(thread / kPieces) + shape.scales_at() + place + row % kKeyGroup * 4;
+        call.side(kv_head, thread / kPieces) + call.scales_at + place + row % kKeyGroup * 4;
     copy_async(to + thread * 16, n_bytes > 0 ? from : call.pool.base, n_bytes);
   }
 };
@@ -205,20 +231,19 @@ struct Source {
 template <int kDim, KvFormat kFormat>
 __device__ __forceinline__ void expand_half(unsigned to, unsigned from, bool scales) {
   using R = Ring<kDim, kFormat>;
-  constexpr int kPieces = kDim / 16;
-  constexpr int kApart = kWarpgroup / kPieces;
-  const int thread = not_before(thread_index());
-  const int piece = thread % kPieces * 2, first_row = thread / kPieces;
-  const unsigned row_at = to + piece / 8 * kPanelBytes + first_row * 128;
+  using S = Share<kDim, kFormat>;
+  const S mine;
+  const int thread = thread_index(), piece = mine.piece * 2;
+  const unsigned first_row = to + piece / 8 * kPanelBytes + mine.row * 128;
   from += static_cast<unsigned>(thread * 16);
 #pragma unroll 2
-  for (int i = 0; i < kKeys / kApart; ++i) {
+  for (int i = 0; i < S::kEach; ++i) {
     uint4 stored, values[2];
     load_shared(stored, from + i * kWarpgroup * 16);
     expand_piece<kFormat>(values, stored);
-    const unsigned row = row_at + i * kApart * 128;
-    store_shared(row + (piece % 8 ^ first_row % 8) * 16, values[0]);
-    store_shared(row + ((piece + 1) % 8 ^ first_row % 8) * 16, values[1]);
+    const unsigned row = first_row + i * S::kApart * 128;
+    store_shared(row + (piece % 8 ^ mine.row % 8) * 16, values[0]);
+    store_shared(row + ((piece + 1) % 8 ^ mine.row % 8) * 16, values[1]);
   }
   if (scales && thread < R::kScalesBytes / 16) {
     uint4 four;
@@ -228,9 +253,9 @@ __device__ __forceinline__ void expand_half(unsigned to, unsigned from, bool sca
 }
 
 template <int kDim, KvFormat kFormat>
-__device__ void produce(const Attention& call, int n_items) {
+__device__ void produce(const ManyCall& call) {
   using R = Ring<kDim, kFormat>;
-  Source<kDim, kFormat> source(call, n_items);
+  Source<kDim, kFormat> source(call);
   if constexpr (!R::kScaled) {
     for (unsigned half = 0; source.advance(); ++half) {
       const typename R::Place at(half);
@@ -275,7 +300,7 @@ struct Softmax {
 template <int kDim>
 __device__ __forceinline__ void load_queries(std::uint32_t (&q)[kDim / 16][4],
                                              const QueryTile& tile, int first_row) {
-  const Attention& call = tile.call;
+  const ManyCall& call = tile.call;
   const int column = thread_index() % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -384,7 +409,7 @@ __device__ __forceinline__ void pack_weights(std::uint32_t (&p)[kSteps][4], floa
 template <int kDim>
 __device__ __forceinline__ void store_rows(const QueryTile& tile, int first_row,
                                            const Softmax& rows, const float (&o)[kDim / 2]) {
-  const Attention& call = tile.call;
+  const ManyCall& call = tile.call;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = rows.sum[r];
@@ -494,13 +519,13 @@ __device__ __forceinline__ void consume_job(const QueryTile& tile,
 }
 
 template <int kDim, KvFormat kFormat>
-__device__ void consume(const Attention& call, int n_items, float scale) {
+__device__ void consume(const ManyCall& call) {
   Order<Ring<kDim, kFormat>> order{thread_index() / kWarpgroup - 1};
   unsigned half = 0;
   int job;
-  for (Jobs jobs{n_items * call.pool.shape.n_kv_heads}; jobs.next(job);) {
-    const QueryTile tile(call, job, n_items);
-    consume_job<kDim, kFormat>(tile, order, half, scale);
+  for (Jobs jobs{call.item_count * call.pool.shape.n_kv_heads}; jobs.next(job);) {
+    const QueryTile tile(call, job);
+    consume_job<kDim, kFormat>(tile, order, half, call.scale);
     const int n_keys = tile.item().last_key - tile.item().first_key;
     half += 2 * static_cast<unsigned>(divide_up(n_keys, kKeys));
   }
@@ -509,37 +534,36 @@ __device__ void consume(const Attention& call, int n_items, float scale) {
 // One block of three warpgroups for each multiprocessor.
 template <int kDim, KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1)
-    attend_many_kernel(const __grid_constant__ Attention call, int n_items, float scale) {
+    attend_many_kernel(const __grid_constant__ ManyCall call) {
   if (thread_index() == 0) Ring<kDim, kFormat>::init();
   sync_block();
   if (thread_index() < kWarpgroup) {
     give_registers<Ring<kDim, kFormat>::kProducerRegisters>();
-    produce<kDim, kFormat>(call, n_items);
+    produce<kDim, kFormat>(call);
   } else {
     take_registers<Ring<kDim, kFormat>::kConsumerRegisters>();
-    consume<kDim, kFormat>(call, n_items, scale);
+    consume<kDim, kFormat>(call);
   }
 }
 
 // ---- choose and launch ----
 
 template <int kDim, KvFormat kFormat>
-void launch_kernel(const Attention& call, int n_items, const Launch& sized) {
+void launch_kernel(const ManyCall& call, const Launch& sized) {
   Launch how = sized;
   how.shared_bytes = Ring<kDim, kFormat>::kBytes;
-  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call, n_items,
-         score_scale(call.pool.shape));
+  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call);
 }
 
 template <int kDim>
-void launch_format(const Attention& call, int n_items, const Launch& how) {
+void launch_format(const ManyCall& call, const Launch& how) {
   switch (call.pool.shape.format) {
     case KvFormat::kBf16:
-      return launch_kernel<kDim, KvFormat::kBf16>(call, n_items, how);
+      return launch_kernel<kDim, KvFormat::kBf16>(call, how);
     case KvFormat::kE4m3:
-      return launch_kernel<kDim, KvFormat::kE4m3>(call, n_items, how);
+      return launch_kernel<kDim, KvFormat::kE4m3>(call, how);
     case KvFormat::kInt8:
-      return launch_kernel<kDim, KvFormat::kInt8>(call, n_items, how);
+      return launch_kernel<kDim, KvFormat::kInt8>(call, how);
   }
 }
 
@@ -560,8 +584,9 @@ void attend_many(const Attention& call, int n_items, int multiprocessors, cudaSt
   how.blocks = std::min(n_items * call.pool.shape.n_kv_heads, multiprocessors);
   how.threads = kThreads;
   how.stream = stream;
-  (padded_head_dim(call.pool.shape.head_dim) == 64 ? launch_format<64>
-                                                   : launch_format<128>)(call, n_items, how);
+  (padded_head_dim(call.pool.shape.head_dim) == 64
+       ? launch_format<64>
+       : launch_format<128>)(ManyCall(call, n_items), how);
 }
 
 }  // namespace camelid::cuda::sm90

@@ -153,9 +153,9 @@ class Backend {
   virtual void download(float* out, Tensor x) = 0;            // [n_rows, dim] float32, waits
   // Backends whose memory the host cannot read: find_top() looks at the logits of the plan's rows,
   // and top() waits for what it found; it holds until the next find_top().
-  virtual bool finds_top() const { return false; }
-  virtual void find_top(Tensor /*logits*/) {}
-  virtual std::vector<TopLogits> top() { return {}; }
+  virtual bool finds_top() const = 0;
+  virtual void find_top(Tensor logits) = 0;
+  virtual std::vector<TopLogits> top() = 0;
 };
 
 struct BackendOptions {

@@ -135,4 +135,9 @@ void TimedBackend::upload_rows(Tensor y, const float* rows) {
   called([] { return "upload_rows"; });
 }
 
+void TimedBackend::find_top(Tensor logits) {
+  backend_->find_top(logits);
+  called([] { return "find_top"; });
+}
+
 }  // namespace camelid

@@ -53,6 +53,8 @@ class TimedBackend final : public Backend {
   void prepare(Experts& experts) override { backend_->prepare(experts); }
   std::unique_ptr<Clock> make_clock() override { return backend_->make_clock(); }
   void download(float* out, Tensor x) override { backend_->download(out, x); }
+  bool finds_top() const override { return backend_->finds_top(); }
+  std::vector<TopLogits> top() override { return backend_->top(); }
 
   bool begin(const StepPlan& plan) override;
   void end() override;
@@ -69,6 +71,7 @@ class TimedBackend final : public Backend {
   void experts(Tensor y, Tensor x, const Experts& w) override;
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
+  void find_top(Tensor logits) override;
 
  private:
   void open_step();

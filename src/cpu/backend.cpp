@@ -95,6 +95,9 @@ class CpuBackend final : public Backend {
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
+  bool finds_top() const override { return false; }  // reading all logits is as fast
+  void find_top(Tensor) override {}
+  std::vector<TopLogits> top() override { return {}; }
 
  private:
   const KvPlan& plan_of(const AttentionLayer& layer) const {

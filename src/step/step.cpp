@@ -4,6 +4,7 @@
 #include <optional>
 #include <utility>
 
+#include "base/error.h"
 #include "model/rope.h"
 
 namespace camelid {
@@ -171,8 +172,12 @@ void StepRunner::run_ahead(std::span<const StepEntry> entries, const StepResult&
   for (std::size_t i = 0; i < entries.size(); ++i) {
     next.push_back({entries[i].sequence, Output::kSample, {&tokens_[i], 1}, i, nullptr, {}});
   }
-  Wave wave = next_wave(next, {}, cache, samplers);
-  start(wave, cache);
+  try {
+    Wave wave = next_wave(next, {}, cache, samplers);
+    start(wave, cache);
+  } catch (const Error&) {
+    return;  // this step is done; whoever asks for the next one will be told
+  }
   ahead_ = std::move(next);
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gpu_attention
 import gpu_kernels
-from emulated_build import ROOT
+from attention_cases import plan_spans
 from emulated_gpu import TINY, Emulated
 
 SMALL = gpu_attention.Attention(
@@ -20,14 +21,8 @@ SMALL = gpu_attention.Attention(
     logits=(1, 2),
 )  # fmt: skip
 L2 = 1 << 14
-SOURCE = ROOT / "tests" / "cuda" / "attention_many_case.cu"
-needs_many = pytest.mark.skipif(
-    "hopper, std::int32_t n_items" not in SOURCE.read_text(),
-    reason="branch pre gives case_attend_many these arguments",
-)
 
 
-@needs_many
 def test_every_kernel_is_called_and_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,10 +54,15 @@ def test_decoding_reads_every_key_and_value_once() -> None:
     assert row.n_flops == 3 * 17 * 4 * 4 * 64
 
 
-@needs_many
 def test_prefill_counts_pairs_that_see_each_other() -> None:
     (row,) = gpu_attention.prefill_rows(Emulated(), SMALL, L2)
     assert row.n_flops == 4 * 4 * 64 * (37 * 38 // 2)
+
+
+def test_tiles_of_a_prompt_are_those_of_the_plan() -> None:
+    items = gpu_attention.tiles(37, 2, 64)
+    span = np.array([[0, 37, 0, 0]], np.int32)
+    assert items.tolist() == plan_spans(Emulated().device, span, 2, True).many.tolist()
 
 
 def test_calls_in_a_row_go_to_layers_that_pass_l2_twice() -> None:
@@ -77,7 +77,7 @@ def test_calls_in_a_row_go_to_layers_that_pass_l2_twice() -> None:
 def test_one_query_of_a_sequence_is_planned_against_all_its_keys() -> None:
     gpu = Emulated()
     pages = gpu_attention.Pages(gpu, SMALL, "int8", 2, 40, L2)
-    plan = pages.plan(gpu, 1)
+    plan = pages.plan(gpu)
     assert plan.few["last_key"].tolist() == [40, 40]
     assert plan.few["page_list"].tolist() == [0, 3]
     assert len(plan.many) == 0

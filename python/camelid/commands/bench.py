@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
                 what,
                 repeats=options.repeats,
                 step_tokens=step_tokens,
+                feeds_back=loaded.core.describe().startswith("cuda"),
                 progress=bar.update,
             )
         )
