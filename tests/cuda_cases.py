@@ -375,21 +375,38 @@ def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
-def float32_sums(x: Array, w: Array, start: Array | float = 0.0) -> NDArray[np.float32]:
-    """Return start + x w^T, one product after the other in float32."""
+def float32_sums(
+    x: Array, w: Array, start: Array | float = 0.0
+) -> tuple[NDArray[np.float32], float]:
+    """Return start + x w^T, one product after the other in float32, and the largest on the way."""
     x, w = x.astype(np.float32), w.astype(np.float32)
-    sums = np.zeros((len(x), len(w)), np.float32)
+    sums, largest = np.zeros((len(x), len(w)), np.float32), 0.0
     for k in range(x.shape[1]):
         sums += x[:, k, None] * w[None, :, k]
-    return sums + np.asarray(start, np.float32)
+        largest = max(largest, float(np.nanmax(np.abs(sums), initial=0)))
+    return sums + np.asarray(start, np.float32), largest
 
 
-def assert_sums(y: Array, x: Array, w: Array, start: Array | float = 0.0) -> None:
-    """Hold y to start + x w^T: float32, or rounded to bf16."""
+def assert_sums(
+    y: Array, x: Array, w: Array, start: Array | float = 0.0, *, in_tensor_cores: bool = False
+) -> None:
+    """Hold y to start + x w^T: float32, or rounded to bf16.
+
+    Args:
+        y: What was computed.
+        x: Rows.
+        w: Rows.
+        start: What was there before.
+        in_tensor_cores: All inputs are summed there: each step of 16 products is aligned to the
+            largest of them and the sum, and cut off there.
+    """
     exact = x @ w.T + start
     size = np.abs(x) @ np.abs(w).T + np.abs(start)
-    numpys = np.abs(float32_sums(x, w, start) - exact)
-    allowed = 2 * max(np.nanmax(numpys, initial=0), FLOAT32_ROUNDING * np.nanmax(size, initial=0))
+    numpys, largest = float32_sums(x, w, start)
+    off = np.abs(numpys - exact)
+    allowed = 2 * max(np.nanmax(off, initial=0), FLOAT32_ROUNDING * np.nanmax(size, initial=0))
+    if in_tensor_cores:
+        allowed += -(-x.shape[1] // 16) * 2 * FLOAT32_ROUNDING * largest
     if y.dtype == np.uint16:
         assert_within(from_bf16(y), exact, allowed + BF16_ROUNDING * np.abs(exact))
     else:

@@ -84,14 +84,26 @@ class Device:
     def is_hopper(self) -> bool:
         return self.emulated or self.library.compute_capability() == 90
 
-    def arrange(self, *, seed: int = 0, multiprocessors: int = 5) -> None:
+    def arrange(
+        self, *, seed: int = 0, multiprocessors: int | None = 5, shared_kb: int = 227
+    ) -> None:
         """Choose the order of threads, when copies arrive, and how large grids are.
 
-        A GPU has its own ideas of all three.
+        A GPU has its own ideas of the first two. Its grids of products of few tokens are as large
+        as if it had so many multiprocessors: small, so that a block has more than one piece of
+        work and rings go round.
+
+        Args:
+            seed: Of the emulated device.
+            multiprocessors: How many; None for all that there are.
+            shared_kb: What a block may ask for, of the emulated device.
         """
         if self.emulated:
             self.library.emulated_seed(ctypes.c_uint64(seed))
-            self.library.emulated_multiprocessors(multiprocessors)
+            self.library.emulated_multiprocessors(multiprocessors or 132)
+            self.library.emulated_shared_memory(shared_kb * 1024)
+        else:
+            self.library.limit_blocks(2 * (multiprocessors or 0))
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call an exported function that returns 0, or 1 after an error.

@@ -5,8 +5,9 @@
 Reads the machine code of every kernel in the build's library with cuobjdump (which wants nvdisasm
 beside it; the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm have them where CUDA's toolkit
 does not). Fails when a kernel lacks an instruction that its speed rests on, when one of ours keeps
-anything in local memory, or when ptxas wrote in the log that it spilled or serialised wgmma.
-Standard library only.
+anything in local memory, when warpgroups take more registers than their block has, or when ptxas
+wrote in the log that it spilled, serialised wgmma or ignored setmaxnreg. A log of a build that
+compiled no kernel says nothing, and fails too. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -30,6 +31,8 @@ class Kernel:
     name: str  # mangled
     arch: str
     counts: Counter[str]  # of instructions, modifiers included
+    gives: set[int] = field(default_factory=set)  # registers of a thread: what warpgroups keep
+    takes: set[int] = field(default_factory=set)
 
     def has(self, pattern: str) -> int:
         """Return how many instructions begin so."""
@@ -72,8 +75,8 @@ def find_cuobjdump() -> Path | None:
     return Path(tools["cuobjdump"])
 
 
-def disassemble(cuobjdump: Path, library: Path) -> Iterator[str]:
-    command = [str(cuobjdump), "-sass", str(library)]
+def dump(cuobjdump: Path, what: str, library: Path) -> Iterator[str]:
+    command = [str(cuobjdump), what, str(library)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield from process.stdout
@@ -82,17 +85,36 @@ def disassemble(cuobjdump: Path, library: Path) -> Iterator[str]:
 
 
 def read_kernels(lines: Iterator[str]) -> list[Kernel]:
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
     kernels: list[Kernel] = []
     arch = ""
     for line in lines:
         if found := instruction.match(line):
             kernels[-1].counts[found[1]] += 1
+            if found[1].startswith("USETMAXREG"):
+                taken = "TRY_ALLOC" in found[1]
+                (kernels[-1].takes if taken else kernels[-1].gives).add(
+                    int(found[2].split()[-1], 16)
+                )
         elif found := re.match(r"\s*Function : (\S+)", line):
             kernels.append(Kernel(found[1], arch, Counter()))
         elif found := re.match(r"arch = (\S+)", line):
             arch = found[1]
     return kernels
+
+
+def read_registers(lines: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Return with how many registers a thread of each kernel (architecture, name) begins."""
+    registers: dict[tuple[str, str], int] = {}
+    arch = name = ""
+    for line in lines:
+        if found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = found[1]
+        elif found := re.match(r"\s*REG:(\d+)", line):
+            registers[arch, name] = int(found[1])
+    return registers
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -107,6 +129,24 @@ def demangled(names: list[str]) -> list[str]:
 
 
 # ---- judging ----
+def wants_too_many(kernel: Kernel, at_start: int) -> str | None:
+    """Say whether the last warps to take registers would wait for ever.
+
+    A block has what its threads begin with. It is as large as that many registers allow, one
+    warpgroup of it gives and all others take: so our kernels are, and CUTLASS's.
+    """
+    if not kernel.takes:
+        return None
+    if not kernel.gives:
+        return f"takes {max(kernel.takes)} registers, and nobody gives any"
+    n_warpgroups = 64 * 1024 // at_start // 128
+    wanted = max(kernel.gives) + (n_warpgroups - 1) * max(kernel.takes)
+    if wanted <= n_warpgroups * at_start:
+        return None
+    return (f"{n_warpgroups} warpgroups begin with {at_start} registers a thread, "
+            f"{n_warpgroups * at_start} in all, and want {wanted}")  # fmt: skip
+
+
 def violations(kernels: list[Kernel]) -> Iterator[tuple[Kernel, str]]:
     for kernel in kernels:
         if n := kernel.has(LOCAL_MEMORY):
@@ -123,11 +163,13 @@ def violations(kernels: list[Kernel]) -> Iterator[tuple[Kernel, str]]:
 
 def log_violations(log: str) -> Iterator[str]:
     kernel = arch = "?"
+    if "Compiling entry function" not in log:
+        yield "the log names no kernel: nothing was compiled, so it says nothing of spills"
     for line in log.splitlines():
         if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             kernel, arch = found[1], found[2]
         spills = re.search(r"[1-9]\d* bytes spill", line)
-        if spills or re.search(r"(?i)wgmma.*seriali", line):
+        if spills or re.search(r"(?i)wgmma.*seriali|setmaxnreg", line):
             yield f"{demangled([kernel])[0]} for {arch}: {line.strip()}"
 
 
@@ -154,10 +196,17 @@ def main() -> int:
         if cuobjdump is None:
             sys.exit("[sass] no cuobjdump that has an nvdisasm: install CUDA's toolkit, or the "
                      "wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")  # fmt: skip
-        kernels = read_kernels(disassemble(cuobjdump, options.build / "libcamelid_cuda.a"))
+        library = options.build / "libcamelid_cuda.a"
+        kernels = read_kernels(dump(cuobjdump, "-sass", library))
+        registers = read_registers(dump(cuobjdump, "-res-usage", library))
         if options.table:
             print_table(kernels)
         found = list(violations(kernels))
+        found += [
+            (kernel, why)
+            for kernel in kernels
+            if (why := wants_too_many(kernel, registers[kernel.arch, kernel.name]))
+        ]
         names = demangled([kernel.name for kernel, _ in found])
         bad += [f"{name} for {kernel.arch}: {why}"
                 for name, (kernel, why) in zip(names, found, strict=True)]  # fmt: skip

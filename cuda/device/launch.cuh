@@ -6,7 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "base/error.h"
@@ -51,50 +54,82 @@ inline void check(cudaError_t status, const char* what) {
   fail(code, "[cuda] " + std::string(what) + ": " + cudaGetErrorString(status) + ".");
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
-  return count;
+  return device;
 }
+// What the driver said, on each GPU of the process, to a question about a kernel, or about none
+// (null). Asking may cost more than a launch; answers stay. Callers come from any thread.
+class Answers {
+ public:
+  template <typename Ask>
+  int get(const void* kernel, std::int64_t question, const Ask& ask) {
+    const std::lock_guard lock(mutex_);
+    const std::tuple key(current_device(), kernel, question);
+    const auto found = answers_.find(key);
+    return found != answers_.end() ? found->second : answers_[key] = ask();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::tuple<int, const void*, std::int64_t>, int> answers_;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  static Answers answers;
+  return answers.get(nullptr, attribute, [=] {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, current_device()), "device");
+    return value;
+  });
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // 90 for Hopper.
 inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
-  return 10 * major + minor;
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 // The most bytes of shared memory that a block may ask for.
 inline std::size_t shared_memory_limit() {
-  int device = 0, limit = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-  return static_cast<std::size_t>(limit);
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// Lets launches of a kernel ask for so much shared memory; up to 48 KB they may anyway.
+template <typename... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...), std::size_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, std::size_t> allowed;
+  const std::lock_guard lock(mutex);
+  std::size_t& most = allowed[{current_device(), reinterpret_cast<const void*>(kernel)}];
+  if (shared_bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)),
+        "shared memory");
+  most = shared_bytes;
 }
 
 // How many blocks of a kernel one multiprocessor runs at once; 0 where not even one fits.
 template <typename... Parameters>
 int blocks_that_fit(void (*kernel)(Parameters...), int threads, std::size_t shared_bytes) {
   if (shared_bytes > shared_memory_limit()) return 0;
-  int count = 0;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes)),
-        "shared memory");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_bytes),
-        "occupancy");
-  return count;
+  static Answers answers;
+  const std::int64_t question = static_cast<std::int64_t>(shared_bytes) * 2048 + threads;
+  return answers.get(reinterpret_cast<const void*>(kernel), question, [&] {
+    int count = 0;
+    allow_shared_memory(kernel, shared_bytes);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_bytes),
+          "occupancy");
+    return count;
+  });
 }
 
-// Whether kernels may start before the one before has ended: from Hopper on. Asked once, since it is
-// asked for every launch, and one process has GPUs of one kind.
-inline bool can_overlap() {
-  constexpr int kHopper = 90;
-  static const bool can = compute_capability() >= kHopper;
-  return can;
-}
+// Whether kernels may start before the one before has ended: from Hopper on.
+inline bool can_overlap() { return compute_capability() >= 90; }
 
 struct Launch {
   int blocks = 1;
@@ -111,11 +146,7 @@ struct Launch {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
             Arguments&&... arguments) {
-  if (how.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared_bytes)),
-          what);
-  }
+  allow_shared_memory(kernel, how.shared_bytes);
   cudaLaunchAttribute attribute{};
   if (how.together) {
     attribute.id = cudaLaunchAttributeCooperative;

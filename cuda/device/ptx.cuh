@@ -69,9 +69,6 @@ __device__ inline void copy_async_once(unsigned shared, const void* global) {
                "l"(global), "l"(policy)
                : "memory");
 }
-__device__ inline void copy_async_once(void* shared, const void* global) {
-  copy_async_once(shared_address(shared), global);
-}
 
 // Closes the group of this thread's copies since the last call; an empty group counts too.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -190,9 +187,6 @@ __device__ inline void fence_blocks() { __threadfence(); }
 
 __device__ inline unsigned add_atomic(unsigned* counter, unsigned amount) {
   return atomicAdd(counter, amount);
-}
-__device__ inline void store_release(unsigned* flag, unsigned value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(flag), "r"(value) : "memory");
 }
 __device__ inline unsigned load_acquire(const unsigned* flag) {
   unsigned value;

@@ -9,6 +9,7 @@
 
 #include "device/dequant.cuh"
 #include "device/grid.cuh"
+#include "device/swiglu.cuh"
 #include "layout/output.h"
 #include "layout/share.h"
 
@@ -18,8 +19,11 @@ constexpr int kStreamWarps = 8;
 constexpr int kStreamThreads = kStreamWarps * kWarp;
 constexpr int kStreamRows = kStreamWarps * kTileRows;
 constexpr int kTokenTile = 8;
-// Two blocks fit a Hopper SM, and one any GPU. With 64 tokens sums take all registers of one block.
-constexpr int kRingBytes = 90 * 1024;
+// What a block of every GPU from sm_80 on may ask for: 99 KB on sm_86, sm_89 and sm_120. So large a
+// ring and the largest header fit that, and two blocks fit an SM of Hopper or of an A100. With 64
+// tokens sums take all registers of one block, and data centre GPUs alone have the memory.
+constexpr int kLeastSharedBytes = 99 * 1024;
+constexpr int kRingBytes = 85 * 1024;
 constexpr int kRingBytesOf64 = 150 * 1024;
 
 // Matrices of one shape, each with its tokens; lies in shared memory. The units of all of them,
@@ -124,7 +128,7 @@ class Stream {
       }
       wait_copies<Shape::kSlots - 2>();
       sync_block();  // all have copied this unit, and left the one before
-      if (n_ahead_ < Shape::kSlots && find_weights(known)) load_weights();
+      if (find_weights(known)) load_weights();  // no more than kSlots - 1 are ahead of this one
       if (find_tokens(end)) load_tokens();
       commit_copies();
       if (n_tiles > 0) {
@@ -386,8 +390,8 @@ class Stream {
       const int channel = row_tile * (kTileRows / 2) + g;
       if (channel >= list.shape.rows / 2) return;
       const float factor = list.factors == nullptr ? 1.0f : list.factors[token];
-      store_bf16(static_cast<std::uint16_t*>(list.y) + at + channel,
-                 swiglu(factor * low, factor * high));
+      static_cast<std::uint16_t*>(list.y)[at + channel] =
+          to_bf16(swiglu(factor * low, factor * high));
       return;
     }
 #pragma unroll
@@ -396,19 +400,12 @@ class Stream {
       const float value = half == 0 ? low : high;
       if (row >= list.shape.rows) return;
       if (list.output == Output::kStoreBf16) {
-        store_bf16(static_cast<std::uint16_t*>(list.y) + at + row, value);
+        static_cast<std::uint16_t*>(list.y)[at + row] = to_bf16(value);
       } else {
         float* y = static_cast<float*>(list.y) + at + row;
         *y = list.output == Output::kAdd ? load_shared_by_blocks(y) + value : value;
       }
     }
-  }
-
-  __device__ static float swiglu(float gate, float up) {
-    return gate / (1.0f + exp_fast(-gate)) * up;
-  }
-  __device__ static void store_bf16(std::uint16_t* to, float value) {
-    *to = static_cast<std::uint16_t>(pack_bf16x2(value, 0.0f) & 0xffffu);
   }
 
   Parts parts_;

@@ -232,34 +232,55 @@ std::size_t lay_out(const ExpertWeights& w, int n_tokens, std::byte* base, Scrat
 
 int row_blocks(const TileShape& shape) { return divide_up(shape.n_row_tiles(), kStreamWarps); }
 
+constexpr const char* kName = "experts of few tokens";
+
 bool same_tiles(const TileShape& a, const TileShape& b) {
   return a.bits == b.bits && a.scales == b.scales;
 }
 
-void check_call(const char* name, const ExpertsFew& call) {
+// An expert of gate, up and down.
+void check_pair(const TileShape& gate_up, const TileShape& down) {
+  check_shape(kName, gate_up);
+  check_shape(kName, down);
+  if (gate_up.order == RowOrder::kGateUp && down.order == RowOrder::kPlain &&
+      down.inputs == gate_up.rows / 2 && down.rows == gate_up.inputs && same_tiles(gate_up, down)) {
+    return;
+  }
+  fail(ErrorCode::kInternal, "[cuda] ", kName, ": gate and up are ", gate_up.rows, " x ",
+       gate_up.inputs, ", down is ", down.rows, " x ", down.inputs,
+       "; wanted are 2 ffn_dim x dim, a gate beside its up, and dim x ffn_dim, of one kind.");
+}
+
+void check_call(const ExpertsFew& call) {
   const ExpertWeights& w = call.w;
-  check_stream_inputs(name, w.gate_up_shape, call.x, call.x_stride);
-  check_stream_inputs(name, w.down_shape, nullptr, 0);
-  check_stream_inputs(name, w.gate_up_shape, w.router, w.router_stride);
-  const bool has_shared = w.shared_gate_up.shape.rows > 0;
-  const bool fits = w.n_experts >= 1 && w.n_experts <= kMaxRoutedExperts && w.top_k >= 1 &&
-                    w.top_k <= w.n_experts && call.n_tokens <= experts_few_limit(w) &&
-                    w.gate_up_shape.order == RowOrder::kGateUp &&
-                    same_tiles(w.gate_up_shape, w.down_shape) &&
-                    (!has_shared || (w.shared_gate_up.shape.order == RowOrder::kGateUp &&
-                                     same_tiles(w.gate_up_shape, w.shared_gate_up.shape) &&
-                                     same_tiles(w.gate_up_shape, w.shared_down.shape)));
-  if (!fits) {
-    fail(ErrorCode::kInternal, "[cuda] ", name, ": ", w.n_experts, " experts, top ", w.top_k, ", ",
+  const int dim = w.gate_up_shape.inputs;
+  check_pair(w.gate_up_shape, w.down_shape);
+  check_rows(kName, "x", call.x, dim, call.x_stride);
+  check_rows(kName, "the router", w.router, dim, w.router_stride);
+  check_output(kName, Output::kAdd, w.down_shape.rows, RowOrder::kPlain, call.y, call.y_stride);
+  require(w.gate_up != nullptr && w.down != nullptr && call.scratch != nullptr &&
+              is_aligned(call.scratch, 16),
+          kName, "tables of experts and scratch, aligned to 16 bytes, must be there");
+  const TileShape& shared = w.shared_gate_up.shape;
+  if (shared.rows != 0) {
+    check_pair(shared, w.shared_down.shape);
+    check_tiles(kName, w.shared_gate_up.at);
+    check_tiles(kName, w.shared_down.at);
+    require(shared.inputs == dim && same_tiles(shared, w.gate_up_shape), kName,
+            "the shared expert has the dim and the kind of the routed ones");
+  }
+  if (w.n_experts < 1 || w.n_experts > kMaxRoutedExperts || w.top_k < 1 || w.top_k > w.n_experts ||
+      call.n_tokens < 0 || call.n_tokens > experts_few_limit(w)) {
+    fail(ErrorCode::kInternal, "[cuda] ", kName, ": ", w.n_experts, " experts, top ", w.top_k, ", ",
          call.n_tokens, " tokens; wanted are at most ", kMaxRoutedExperts, " experts, at most ",
-         experts_few_limit(w), " tokens, and weights of one kind.");
+         experts_few_limit(w), " tokens.");
   }
 }
 
 }  // namespace
 
 int experts_few_limit(const ExpertWeights& w) {
-  const int tokens = tokens_at_once(w.gate_up_shape, 64);
+  const int tokens = most_tokens_at_once<Header>(w.gate_up_shape);
   return tokens * w.top_k <= kMaxRoutedVisits ? tokens : kMaxRoutedVisits / w.top_k;
 }
 
@@ -267,7 +288,8 @@ WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens) {
   const int hit = n_tokens * w.top_k < w.n_experts ? n_tokens * w.top_k : w.n_experts;
   const int results = row_blocks(w.shared_gate_up.shape) + row_blocks(w.shared_down.shape) +
                       hit * (row_blocks(w.gate_up_shape) + row_blocks(w.down_shape));
-  return {stream_sum_bytes(tokens_at_once(w.gate_up_shape, n_tokens) / kTokenTile),
+  return {stream_sum_bytes<Header>(kName, w.gate_up_shape, n_tokens,
+                                   []<class Shape>(Shape) { return run_experts_few<Shape>; }),
           static_cast<std::size_t>(results) + 1};
 }
 
@@ -277,19 +299,17 @@ std::size_t experts_few_scratch_bytes(const ExpertWeights& w, int n_tokens) {
 }
 
 void experts_few(const ExpertsFew& call, const Workspace& workspace, cudaStream_t stream) {
-  constexpr const char* kName = "experts of few tokens";
   if (call.n_tokens == 0) return;
-  check_call(kName, call);
-  const WorkspaceNeed need = experts_few_needs(call.w, call.n_tokens);
-  check_workspace(kName, workspace, need);
+  check_call(call);
+  check_workspace(kName, workspace, experts_few_needs(call.w, call.n_tokens));
   Scratch scratch;
   lay_out(call.w, call.n_tokens, call.scratch, scratch);
   const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters + 1};
-  with_stream_shape(call.w.gate_up_shape, tokens_at_once(call.w.gate_up_shape, call.n_tokens),
-                    [&]<class Shape>(Shape) {
-                      launch_stream<Shape, Header>(kName, run_experts_few<Shape>, true, stream,
-                                                   call, scratch, parts, workspace.counters);
-                    });
+  const int at_once = tokens_at_once<Header>(call.w.gate_up_shape, call.n_tokens);
+  with_stream_shape(call.w.gate_up_shape, at_once, [&]<class Shape>(Shape) {
+    launch_stream<Shape, Header>(kName, run_experts_few<Shape>, true, call.most_blocks, stream,
+                                 call, scratch, parts, workspace.counters);
+  });
 }
 
 }  // namespace camelid::cuda

@@ -20,6 +20,7 @@
 #include <algorithm>
 
 #include "device/dequant.cuh"
+#include "ops/checks.h"
 #include "ops/grouped_finish.cuh"
 
 namespace camelid::cuda {
@@ -253,28 +254,22 @@ void launch_kernel(const GroupedProduct& p, const Launch& sized, cudaStream_t st
   launch("grouped_many", grouped_many_kernel<kBits, kScales>, how, p);
 }
 
-bool is_aligned(const void* pointer, std::size_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
-}
-
 }  // namespace
 
 void check_product(const GroupedProduct& p) {
+  constexpr const char* kName = "grouped_many";
   const TileShape& shape = p.shape;
-  const auto require = [](bool is, const char* what) {
-    if (!is) fail(ErrorCode::kInternal, "[cuda] grouped_many: ", what, ".");
-  };
-  require(shape.rows > 0 && shape.inputs > 0 && p.n_visits >= 0, "an empty matrix");
-  require(p.x_stride % 8 == 0 && is_aligned(p.x, 16), "rows of x must be aligned to 16 bytes");
-  require((p.output == Output::kSwiGlu) == (shape.order == RowOrder::kGateUp),
-          "gates and ups in one matrix are for SwiGLU, and nothing else is");
+  require(p.n_visits >= 0, kName, "there are no fewer than 0 visits");
+  check_shape(kName, shape);
+  check_rows(kName, "x", p.x, shape.inputs, p.x_stride);
+  check_output(kName, p.output, shape.rows, shape.order, p.y, p.y_stride);
   const bool pairs = p.output == Output::kStoreBf16 || p.output == Output::kSwiGlu;
   const int columns = p.output == Output::kSwiGlu ? shape.rows / 2 : shape.rows;
-  require(!pairs || (columns % 2 == 0 && p.y_stride % 2 == 0 && is_aligned(p.y, 4)),
+  require(!pairs || (columns % 2 == 0 && p.y_stride % 2 == 0 && is_aligned(p.y, 4)), kName,
           "rows of bf16 are written in pairs");
-  require(shape.scales == Scales::kPairs ? 4 % shape.entries == 0 : shape.entries == 1,
-          "groups must have 32, 64 or 128 inputs, and bf16 scales 128");
-  require(shape.row_tile_bytes() < (1 << 26), "a matrix with too many inputs");
+  require(p.groups != nullptr &&
+              (p.tiles == nullptr || (p.first_tile != nullptr && p.last_tile != nullptr)),
+          kName, "matrices must be there, and a list of tiles comes with its ends");
 }
 
 int grouped_blocks(const GroupedProduct& p, int block_row_tiles, int multiprocessors) {
@@ -285,11 +280,11 @@ int grouped_blocks(const GroupedProduct& p, int block_row_tiles, int multiproces
 }
 
 void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t stream) {
-  check_product(p);
   Launch how;
   how.threads = kThreads;
   how.blocks = grouped_blocks(p, kBlockTiles, multiprocessors);
   if (how.blocks == 0) return;
+  check_product(p);
   const bool k4 = p.shape.bits == Bits::k4;
   if (p.shape.scales == Scales::kBf16) {
     (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,

@@ -44,16 +44,17 @@ struct GroupedProduct {
   const TokenTile* tiles = nullptr;
   const std::int32_t* first_tile = nullptr;
   const std::int32_t* last_tile = nullptr;
-  std::int32_t n_visits = 0;
+  std::int32_t n_visits = 0;  // of a list, nobody asks
 };
 
-// Throws Error where the kernels could not keep their promise for these shapes and addresses.
+// Throws kInternal where the kernels could not keep their promise for these shapes and addresses.
 void check_product(const GroupedProduct& product);
 
 // How many blocks to launch: at most one for each multiprocessor, 0 where there is nothing to do.
 int grouped_blocks(const GroupedProduct& product, int block_row_tiles, int multiprocessors);
 
-// Portable: mma.sync, one block for each multiprocessor. Nothing is waited for.
+// Portable: mma.sync, one block for each multiprocessor. No visits are no work, and are not checked.
+// Nothing is waited for.
 void grouped_many(const GroupedProduct& product, int multiprocessors, cudaStream_t stream);
 
 // ---- the order of output tiles ----

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/ptx.cuh"
+#include "device/swiglu.cuh"
 #include "layout/tiles.h"
 #include "ops/grouped.h"
 
@@ -90,11 +91,6 @@ __device__ inline void finish_bf16(const GroupedProduct& p, const VisitRows& vis
   }
 }
 
-__device__ inline float swiglu(float gate, float up, float factor) {
-  const float z = factor * gate;
-  return divide_fast(z, 1.0f + exp_fast(-z)) * (factor * up);
-}
-
 template <int kValues>
 __device__ inline void finish_swiglu(const GroupedProduct& p, const VisitRows& visits,
                                      int first_column, int row_tile, const float (&d)[kValues]) {
@@ -104,8 +100,9 @@ __device__ inline void finish_swiglu(const GroupedProduct& p, const VisitRows& v
 #pragma unroll
   for (int j = 0; j < kValues / 4; ++j) {
     const int column = column_of(first_column, j);
-    const float first = swiglu(d[4 * j], d[4 * j + 2], visits.factor[column]);
-    const float second = swiglu(d[4 * j + 1], d[4 * j + 3], visits.factor[column + 1]);
+    const float f = visits.factor[column], g = visits.factor[column + 1];
+    const float first = swiglu(f * d[4 * j], f * d[4 * j + 2]);
+    const float second = swiglu(g * d[4 * j + 1], g * d[4 * j + 3]);
     store_bf16(y, visits, column, channel, has, first, second);
   }
 }

@@ -40,20 +40,32 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
   stream.run(1, 1);
 }
 
+// ---- the host's side ----
+
+constexpr const char* kName = "matmul of few tokens";
+
+void check_call(const MatmulFew& call) {
+  const TileShape& shape = call.w.shape;
+  require(call.n_tokens > 0, kName, "there are no fewer than 0 tokens");
+  check_shape(kName, shape);
+  check_tiles(kName, call.w.at);
+  check_rows(kName, "x", call.x, shape.inputs, call.x_stride);
+  check_output(kName, call.output, shape.rows, shape.order, call.y, call.y_stride);
+}
+
 }  // namespace
 
 WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens) {
-  const int n_tiles = tokens_at_once(shape, n_tokens) / kTokenTile;
-  return {stream_sum_bytes(n_tiles),
+  return {stream_sum_bytes<Header>(kName, shape, n_tokens,
+                                   []<class Shape>(Shape) { return run_matmul_few<Shape>; }),
           static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps))};
 }
 
 void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream) {
-  constexpr const char* kName = "matmul of few tokens";
-  check_stream_inputs(kName, call.w.shape, call.x, call.x_stride);
-  const int at_once = tokens_at_once(call.w.shape, call.n_tokens);
-  const WorkspaceNeed need = matmul_few_needs(call.w.shape, call.n_tokens);
-  check_workspace(kName, workspace, need);
+  if (call.n_tokens == 0) return;
+  check_call(call);
+  check_workspace(kName, workspace, matmul_few_needs(call.w.shape, call.n_tokens));
+  const int at_once = tokens_at_once<Header>(call.w.shape, call.n_tokens);
   const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters};
   const std::size_t y_row =
       static_cast<std::size_t>(call.y_stride) *
@@ -65,7 +77,8 @@ void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t 
     piece.y = static_cast<std::byte*>(call.y) + static_cast<std::size_t>(first) * y_row;
     piece.n_tokens = call.n_tokens - first < at_once ? call.n_tokens - first : at_once;
     with_stream_shape(call.w.shape, at_once, [&]<class Shape>(Shape) {
-      launch_stream<Shape, Header>(kName, run_matmul_few<Shape>, false, stream, piece, parts);
+      launch_stream<Shape, Header>(kName, run_matmul_few<Shape>, false, call.most_blocks, stream,
+                                   piece, parts);
     });
   }
 }

@@ -19,12 +19,14 @@ struct MatmulFew {
   void* y = nullptr;          // [n_tokens][y_stride]
   std::int32_t y_stride = 0;
   Output output = Output::kStore;
+  std::int32_t most_blocks = 0;  // of the grid; 0: as many as run at once. For tests.
 };
 
+// Of calls of up to n_tokens, on this GPU.
 WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens);
 
-// The same bits every time on one kind of GPU. Throws kInvalidRequest where the shape cannot be,
-// kInternal where the launch fails; waits for nothing.
+// The same bits every time on one kind of GPU, for the same number of tokens up to the next power of
+// two. Throws kInternal where the call cannot be or its launch fails; waits for nothing.
 void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace camelid::cuda

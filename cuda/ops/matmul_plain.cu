@@ -3,7 +3,9 @@
 #include "ops/matmul_plain.h"
 
 #include "device/ptx.cuh"
+#include "device/swiglu.cuh"
 #include "layout/tiles.h"
+#include "ops/checks.h"
 
 namespace camelid::cuda {
 namespace {
@@ -94,10 +96,6 @@ __device__ std::int64_t y_at(const MatmulPlain& call, int visit) {
   return (call.y_rows == nullptr ? visit : call.y_rows[visit]) * std::int64_t{call.y_stride};
 }
 
-__device__ std::uint16_t to_bf16(float value) {
-  return static_cast<std::uint16_t>(pack_bf16x2(value, 0.0f) & 0xffffu);
-}
-
 __device__ void write(const MatmulPlain& call, std::int64_t at, int row, float value) {
   if (row >= call.rows) return;
   if (call.output == Output::kStoreBf16) {
@@ -113,9 +111,7 @@ __device__ void write_swiglu(const MatmulPlain& call, std::int64_t at, int row, 
                              float gate, float up) {
   const int channel = row / kTileRows * (kTileRows / 2) + row % kTileRows;
   if (channel >= call.rows / 2) return;
-  const float z = factor * gate;
-  const float silu = divide_fast(z, 1.0f + exp_fast(-z));
-  static_cast<std::uint16_t*>(call.y)[at + channel] = to_bf16(silu * (factor * up));
+  static_cast<std::uint16_t*>(call.y)[at + channel] = to_bf16(swiglu(factor * gate, factor * up));
 }
 
 // The warp's sums: 64 tokens from `token` on, 32 rows from `row` on.
@@ -197,19 +193,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// ---- choose and launch ----
+
+constexpr const char* kName = "plain matmul";
+
+void check_call(const MatmulPlain& call) {
+  if (call.n_tokens < 0 || call.rows <= 0 || call.inputs <= 0) {
+    fail(ErrorCode::kInternal, "[cuda] ", kName, ": ", call.n_tokens, " tokens by ", call.rows,
+         " x ", call.inputs, " weights; wanted are sizes above 0.");
+  }
+  check_rows(kName, "x", call.x, call.inputs, call.x_stride);
+  // Of many matrices those in device memory are aligned as the first is.
+  const bool listed = call.tiles != nullptr;
+  check_rows(kName, "w", listed ? call.x : call.w, call.inputs, call.w_stride);
+  require(listed == (call.groups != nullptr) &&
+              (!listed || (call.first_tile != nullptr && call.last_tile != nullptr)),
+          kName, "a list of tiles comes with its ends and the matrices of its groups");
+  const bool gated = call.output == Output::kSwiGlu;
+  check_output(kName, call.output, call.rows, gated ? RowOrder::kGateUp : RowOrder::kPlain, call.y,
+               call.y_stride);
+}
+
 }  // namespace
 
 void matmul_plain(const MatmulPlain& call, cudaStream_t stream) {
   if (call.n_tokens == 0) return;
-  const auto aligned = [](const void* pointer, int stride) {
-    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
-  };
-  if (!aligned(call.x, call.x_stride) || !aligned(call.w, call.w_stride) || call.rows <= 0 ||
-      call.inputs <= 0 || (call.tiles == nullptr) != (call.groups == nullptr)) {
-    fail(ErrorCode::kInternal, "[cuda] plain matmul: ", call.rows, " x ", call.inputs,
-         " weights, rows every ", call.w_stride, " values, of x every ", call.x_stride,
-         "; wanted are sizes above 0 and rows aligned to 16 bytes.");
-  }
+  check_call(call);
   Launch how;
   // How many tiles a list has, only the device knows: two blocks for each multiprocessor share it.
   how.blocks = call.tiles != nullptr
@@ -219,7 +228,7 @@ void matmul_plain(const MatmulPlain& call, cudaStream_t stream) {
   how.shared_bytes = kSlots * 2 * kTileBytes;
   how.stream = stream;
   how.overlaps = true;
-  launch("plain matmul", run_matmul_plain, how, call);
+  launch(kName, run_matmul_plain, how, call);
 }
 
 }  // namespace camelid::cuda

@@ -16,6 +16,7 @@
 
 #include "device/ptx.cuh"
 #include "device/routing.cuh"
+#include "ops/checks.h"
 
 namespace camelid::cuda {
 namespace {
@@ -228,8 +229,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launch ----
 
-void require(bool is, const char* what) {
-  if (!is) fail(ErrorCode::kInternal, "[cuda] route_many: ", what, ".");
+constexpr const char* kName = "route_many";
+
+void check_route(const RouteShape& shape) {
+  require(shape.n_tokens > 0, kName, "there are no fewer than 0 tokens");
+  require(shape.n_experts > 0 && shape.n_experts <= kMaxExperts, kName,
+          "1 to 256 experts are known");
+  require(shape.top_k > 0 && shape.top_k <= kMaxTopK && shape.top_k <= shape.n_experts, kName,
+          "1 to 8 experts for each token are known");
+  require(shape.n_visits() < (std::int64_t{1} << 31), kName, "too many visits");
 }
 
 Launch sized(int blocks, std::size_t shared_bytes, cudaStream_t stream) {
@@ -290,11 +298,9 @@ Routes routes_in(const RouteShape& shape, std::byte* memory) {
 
 void route_many(const RouteShape& shape, const float* logits, const Routes& routes,
                 cudaStream_t stream) {
-  require(shape.n_tokens > 0, "no tokens");
-  require(shape.n_experts > 0 && shape.n_experts <= kMaxExperts, "1 to 256 experts are known");
-  require(shape.top_k > 0 && shape.top_k <= kMaxTopK && shape.top_k <= shape.n_experts,
-          "1 to 8 experts for each token are known");
-  require(shape.n_visits() < (std::int64_t{1} << 31), "too many visits");
+  if (shape.n_tokens == 0) return;
+  check_route(shape);
+  require(logits != nullptr && routes.token != nullptr, kName, "logits and routes must be there");
   const int n_blocks = divide_up(shape.n_tokens, kRouteTokens);
   const std::size_t list_bytes = static_cast<std::size_t>(kRouteTokens * shape.top_k) * sizeof(int);
   launch("route_many: choose", choose_kernel, sized(n_blocks, list_bytes, stream), shape, logits,
@@ -305,9 +311,17 @@ void route_many(const RouteShape& shape, const float* logits, const Routes& rout
 
 void combine_rows(const RouteShape& shape, const Routes& routes, const CombineRows& call,
                   cudaStream_t stream) {
-  require(call.dim % 4 == 0 && call.rows_stride % 4 == 0 && call.y_stride % 4 == 0,
-          "rows are added four values at a time");
-  launch("combine_rows", combine_kernel, sized(shape.n_tokens, 0, stream), shape, routes, call);
+  constexpr const char* kCombine = "combine_rows";
+  if (shape.n_tokens == 0) return;
+  check_route(shape);
+  require(call.rows != nullptr && call.y != nullptr && routes.visits != nullptr, kCombine,
+          "rows, y and routes must be there");
+  require(call.dim > 0 && call.rows_stride >= call.dim && call.y_stride >= call.dim, kCombine,
+          "rows may not overlap");
+  require(call.dim % 4 == 0 && call.rows_stride % 4 == 0 && call.y_stride % 4 == 0 &&
+              is_aligned(call.rows, 16) && is_aligned(call.y, 16),
+          kCombine, "rows are added four values at a time");
+  launch(kCombine, combine_kernel, sized(shape.n_tokens, 0, stream), shape, routes, call);
 }
 
 }  // namespace camelid::cuda

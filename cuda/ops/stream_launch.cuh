@@ -5,29 +5,92 @@
 #include <cstdint>
 
 #include "device/stream.cuh"
+#include "ops/checks.h"
 #include "ops/workspace.h"
 
 namespace camelid::cuda {
 
-constexpr int kMaxStreamBlocks = 512;  // of a grid; workspaces are made for so many
+// Calls f(StreamShape<...>{}) with the instance for a matrix and so many tokens a pass.
+template <class F>
+auto with_stream_shape(const TileShape& shape, int tokens, const F& f) {
+  const auto with_tokens = [&]<Bits kBits, Scales kScales>() {
+    if constexpr (kBits == Bits::k4 && kScales == Scales::kBf16) {
+      if (tokens > 32) return f(StreamShape<kBits, kScales, 8>{});
+    }
+    if (tokens > 16) return f(StreamShape<kBits, kScales, 4>{});
+    if (tokens > 8) return f(StreamShape<kBits, kScales, 2>{});
+    return f(StreamShape<kBits, kScales, 1>{});
+  };
+  if (shape.bits == Bits::k4) {
+    if (shape.scales == Scales::kBf16) {
+      return with_tokens.template operator()<Bits::k4, Scales::kBf16>();
+    }
+    return with_tokens.template operator()<Bits::k4, Scales::kPairs>();
+  }
+  if (shape.scales == Scales::kBf16) {
+    return with_tokens.template operator()<Bits::k8, Scales::kBf16>();
+  }
+  return with_tokens.template operator()<Bits::k8, Scales::kPairs>();
+}
 
-// Tokens of one pass over the weights: 8, 16, 32 or 64; at most 32 where slots are larger, or where
-// a block has less shared memory than data centre GPUs give it.
-inline int tokens_at_once(const TileShape& shape, int n_tokens) {
+template <class Shape, class Header>
+constexpr std::size_t kStreamBytes = kStreamHeaderBytes<Header> + Shape::kBytes;
+
+// The most tokens of one pass over the weights by a kernel with such a Header: 64 of int4 without
+// zero points where a block has the memory, as on an A100 or H100; else 32, for which slots of the
+// larger weights are small enough.
+template <class Header>
+int most_tokens_at_once(const TileShape& shape) {
+  using Largest = StreamShape<Bits::k4, Scales::kBf16, 8>;
   const bool small = shape.bits == Bits::k4 && shape.scales == Scales::kBf16;
-  const int most = small && shared_memory_limit() > kRingBytesOf64 + 16 * 1024 ? 64 : 32;
+  return small && kStreamBytes<Largest, Header> <= shared_memory_limit() ? 64 : 32;
+}
+
+// Tokens of one pass: 8, 16, 32 or 64.
+template <class Header>
+int tokens_at_once(const TileShape& shape, int n_tokens) {
+  const int most = most_tokens_at_once<Header>(shape);
   int tokens = kTokenTile;
   while (tokens < n_tokens && tokens < most) tokens *= 2;
   return tokens;
 }
 
-inline std::size_t stream_sum_bytes(int n_token_tiles) {
-  return static_cast<std::size_t>(kMaxStreamBlocks) * kPartPlaces * kStreamThreads *
-         sizeof(float4) * static_cast<std::size_t>(n_token_tiles);
+// Of a grid: as many blocks as the device runs at once, and no more than `most`, where it is not 0.
+template <class Shape, class Header, typename... Parameters>
+int stream_blocks(const char* name, void (*kernel)(Parameters...), int most) {
+  constexpr std::size_t kBytes = kStreamBytes<Shape, Header>;
+  static_assert(Shape::kTokens > 32 || kBytes <= kLeastSharedBytes);
+  const int fit = blocks_that_fit(kernel, kStreamThreads, kBytes) * multiprocessors();
+  if (fit == 0) {
+    fail(ErrorCode::kUnsupported, "[cuda] ", name, ": this GPU has no room for ", kBytes,
+         " bytes of shared memory and ", kStreamThreads, " threads in a block.");
+  }
+  return most > 0 && most < fit ? most : fit;
+}
+
+// Bytes of the sums that blocks leave each other, in calls of up to n_tokens: kernel_of(Shape{})
+// is the instance for a shape.
+template <class Header, class KernelOf>
+std::size_t stream_sum_bytes(const char* name, const TileShape& shape, int n_tokens,
+                             const KernelOf& kernel_of) {
+  const int at_once = tokens_at_once<Header>(shape, n_tokens);
+  std::size_t bytes = 0;
+  for (int tokens = kTokenTile; tokens <= at_once; tokens *= 2) {
+    const std::size_t wanted = with_stream_shape(shape, tokens, [&]<class Shape>(Shape each) {
+      const int blocks = stream_blocks<Shape, Header>(name, kernel_of(each), 0);
+      return static_cast<std::size_t>(blocks) * kPartPlaces * kStreamThreads * sizeof(float4) *
+             Shape::kTokenTiles;
+    });
+    bytes = bytes < wanted ? wanted : bytes;
+  }
+  return bytes;
 }
 
 inline void check_workspace(const char* name, const Workspace& workspace,
                             const WorkspaceNeed& need) {
+  require(
+      workspace.sums != nullptr && is_aligned(workspace.sums, 16) && workspace.counters != nullptr,
+      name, "a workspace must be there, aligned to 16 bytes");
   if (workspace.sum_bytes < need.sum_bytes || workspace.n_counters < need.n_counters) {
     fail(ErrorCode::kInternal, "[cuda] ", name, ": the workspace has ", workspace.sum_bytes,
          " bytes and ", workspace.n_counters, " counters; needed are ", need.sum_bytes, " and ",
@@ -35,58 +98,17 @@ inline void check_workspace(const char* name, const Workspace& workspace,
   }
 }
 
-inline void check_stream_inputs(const char* name, const TileShape& shape, const std::uint16_t* x,
-                                int x_stride) {
-  const bool entries = shape.entries == 1 || (shape.scales == Scales::kPairs &&
-                                              (shape.entries == 2 || shape.entries == 4));
-  const bool aligned = reinterpret_cast<std::uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0;
-  if (shape.rows <= 0 || shape.inputs <= 0 || !entries || !aligned) {
-    fail(ErrorCode::kInternal, "[cuda] ", name, ": ", shape.rows, " x ", shape.inputs,
-         " weights with ", shape.entries, " scales a chunk, rows of x every ", x_stride,
-         " values; wanted are sizes above 0, 1, 2 or 4 scales, rows aligned to 16 bytes.");
-  }
-}
-
-// Calls f(StreamShape<...>{}) with the instance for a matrix and so many tokens a pass.
-template <class F>
-void with_stream_shape(const TileShape& shape, int tokens, const F& f) {
-  const auto with_tokens = [&]<Bits kBits, Scales kScales>() {
-    if (tokens == 8) return f(StreamShape<kBits, kScales, 1>{});
-    if (tokens == 16) return f(StreamShape<kBits, kScales, 2>{});
-    if (tokens == 32) return f(StreamShape<kBits, kScales, 4>{});
-    if constexpr (kBits == Bits::k4 && kScales == Scales::kBf16) {
-      return f(StreamShape<kBits, kScales, 8>{});
-    }
-  };
-  if (shape.bits == Bits::k4) {
-    if (shape.scales == Scales::kBf16) {
-      with_tokens.template operator()<Bits::k4, Scales::kBf16>();
-    } else {
-      with_tokens.template operator()<Bits::k4, Scales::kPairs>();
-    }
-  } else if (shape.scales == Scales::kBf16) {
-    with_tokens.template operator()<Bits::k8, Scales::kBf16>();
-  } else {
-    with_tokens.template operator()<Bits::k8, Scales::kPairs>();
-  }
-}
-
-// Launches a kernel over streams on as many blocks as fit the device at once.
+// Launches a kernel over streams on as many blocks as stream_blocks() says.
 template <class Shape, class Header, typename... Parameters, typename... Arguments>
-void launch_stream(const char* name, void (*kernel)(Parameters...), bool together,
+void launch_stream(const char* name, void (*kernel)(Parameters...), bool together, int most_blocks,
                    cudaStream_t stream, Arguments&&... arguments) {
   Launch how;
+  how.blocks = stream_blocks<Shape, Header>(name, kernel, most_blocks);
   how.threads = kStreamThreads;
-  how.shared_bytes = kStreamHeaderBytes<Header> + Shape::kBytes;
+  how.shared_bytes = kStreamBytes<Shape, Header>;
   how.stream = stream;
   how.together = together;
   how.overlaps = !together;
-  const int fit = blocks_that_fit(kernel, how.threads, how.shared_bytes) * multiprocessors();
-  if (fit == 0) {
-    fail(ErrorCode::kUnsupported, "[cuda] ", name, ": this GPU has no room for ", how.shared_bytes,
-         " bytes of shared memory and ", how.threads, " threads in a block.");
-  }
-  how.blocks = fit < kMaxStreamBlocks ? fit : kMaxStreamBlocks;
   launch(name, kernel, how, std::forward<Arguments>(arguments)...);
 }
 

@@ -28,7 +28,7 @@
 // weights are read 8: 96 (int8: 112).
 //
 // Registers of a consumer: 128 sums, 64 products of the chunk, 3 x 4 of a, 4 of packed weights,
-// and about 20 of addresses: 232. So scales can wait for float32: each subtile's chunk is summed
+// and about 20 of addresses: 224. So scales can wait for float32: each subtile's chunk is summed
 // on its own (8 products of 64 x 128 x 16) and then added, scaled. That keeps weights exact in
 // bf16; scaled before, each would be rounded, with errors of 2^-9 that no sum takes back. A second
 // set of products does not fit, so a warpgroup's products pause there; the other's go on.
@@ -36,7 +36,7 @@
 // Issue slots of a scheduler (2 consumer warps, 1 producer), per 128 inputs = 2048 cycles:
 //   expand 2 warps x 64 words of a x 2.75 = 352; scale 2 x 128 = 256; wgmma, waits, loads < 150;
 //   producer < 60: together 40 %, so that products are what is waited for. (ptxas 13.0: the loop
-//   has 400 instructions for 16 products; no spills, 223 registers.)
+//   has 400 instructions for 16 products; no spills.)
 // A warpgroup pauses about 200 cycles for each 512 of products; the other's 512 cover that.
 
 #include "sm90/grouped.h"
@@ -55,8 +55,8 @@ constexpr int kSubtiles = 2;   // of 64 rows, for each of them
 constexpr int kSubtileTiles = 4;
 constexpr int kBlockTiles = kConsumers * kSubtiles * kSubtileTiles;  // row tiles: 256 rows
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 224;
 // More, and the last to take some would wait forever.
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               (kConsumers + 1) * registers_at_start(kThreads));
@@ -167,7 +167,7 @@ __device__ __forceinline__ void copy_row_tiles(std::byte* to, const std::byte* f
   constexpr int kAll = kBlockTiles * kPieces;
   const int thread = thread_index();
   to += thread * 16;
-#pragma unroll 2
+#pragma unroll 4
   for (int first = 0; first < kAll; first += kWarpgroup) {
     if (kAll < kWarpgroup && thread >= kAll) break;
     const int row_tile = thread / kPieces + first / kPieces;
@@ -410,11 +410,11 @@ void launch_kernel(const GroupedProduct& p, const Launch& sized, cudaStream_t st
 }  // namespace
 
 void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t stream) {
-  check_product(p);
   Launch how;
   how.threads = kThreads;
   how.blocks = grouped_blocks(p, kBlockTiles, multiprocessors);
   if (how.blocks == 0) return;
+  check_product(p);
   const bool k4 = p.shape.bits == Bits::k4;
   if (p.shape.scales == Scales::kBf16) {
     (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,

@@ -55,11 +55,6 @@ __device__ inline void wait_barrier(Barrier* barrier, unsigned parity) {
   }
 }
 
-// Waits for n_threads threads (whole warps) that name the same id, 1 to 15.
-__device__ inline void sync_some(int id, int n_threads) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(n_threads) : "memory");
-}
-
 // ---- products of a warpgroup ----
 // The tensor cores read shared memory by a path of their own, the "async proxy".
 

@@ -1,9 +1,15 @@
 // Which instance a dense product takes, and what none takes.
 #include "sm90/matmul_dense.h"
 
+#include "ops/checks.h"
 #include "sm90/matmul_instances.h"
 
 namespace camelid::cuda {
+namespace {
+
+constexpr const char* kName = "dense matmul";
+
+}  // namespace
 
 bool matmul_dense_fits(const MatmulDense& call) {
   const int element = call.type == Plain::kBf16 ? 2 : 1;
@@ -24,8 +30,16 @@ std::size_t matmul_dense_workspace_bytes(const MatmulDense& call) {
 
 void matmul_dense(const MatmulDense& call, void* workspace, cudaStream_t stream) {
   if (call.n_tokens == 0) return;
+  const bool there = call.x != nullptr && call.w != nullptr && call.y != nullptr;
+  require(call.n_tokens > 0 && call.rows > 0 && call.inputs > 0 && there, kName,
+          "x, w and y must be there, and none of them empty");
+  require(
+      call.x_stride >= call.inputs && call.w_stride >= call.inputs && call.y_stride >= call.rows,
+      kName, "rows may not overlap");
+  require(call.type == Plain::kBf16 || (call.x_scales != nullptr && call.w_scales != nullptr),
+          kName, "FP8 has a scale for each token and each row");
   if (!matmul_dense_fits(call)) {
-    fail(ErrorCode::kInternal, "[cuda] dense matmul of ", call.n_tokens, " tokens, ", call.rows,
+    fail(ErrorCode::kInternal, "[cuda] ", kName, " of ", call.n_tokens, " tokens, ", call.rows,
          " x ", call.inputs,
          ": rows must begin at multiples of 16 bytes, and FP8 sums are added or "
          "stored as bf16.");

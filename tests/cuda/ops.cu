@@ -10,6 +10,9 @@
 
 using namespace camelid::cuda;
 
+// Of the grids of calls for few tokens; 0: as many as run at once.
+static int most_blocks = 0;
+
 extern "C" {
 
 struct CShape {
@@ -111,6 +114,8 @@ void deal(int n_blocks, int n_units, int* bounds, int* owners) {
   for (int unit = 0; unit < n_units; ++unit) owners[unit] = owner_of(unit, n_blocks, n_units);
 }
 
+void limit_blocks(int most) { most_blocks = most; }
+
 void matmul_few_need(const CShape* s, int n_tokens, std::int64_t* need) {
   const WorkspaceNeed n = matmul_few_needs(shape_of(*s), n_tokens);
   need[0] = static_cast<std::int64_t>(n.sum_bytes);
@@ -130,6 +135,7 @@ int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const
     call.y = y;
     call.y_stride = y_stride;
     call.output = static_cast<Output>(output);
+    call.most_blocks = most_blocks;
     matmul_few(call,
                {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                 static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
@@ -186,6 +192,7 @@ int run_experts_few(const CExperts* c, const void* x, int n_tokens, int x_stride
     call.y = static_cast<float*>(y);
     call.y_stride = y_stride;
     call.scratch = static_cast<std::byte*>(scratch);
+    call.most_blocks = most_blocks;
     experts_few(call,
                 {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                  static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},

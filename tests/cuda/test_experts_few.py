@@ -21,7 +21,7 @@ from cuda_cases import (
     make_x,
     run_experts_few,
 )
-from cuda_device import Device, DeviceError
+from cuda_device import Device, DeviceError, emulated_device, gpu_device
 
 
 def make_y(rng: np.random.Generator, n_tokens: int, dim: int) -> NDArray[np.float32]:
@@ -53,7 +53,7 @@ def test_every_format(device: Device, bits: int, scales: int, group: int) -> Non
 def test_every_number_of_tokens(device: Device, n_tokens: int) -> None:
     rng = np.random.default_rng(n_tokens)
     w = make_experts(device, rng, dim=136, ffn_dim=40, n_experts=5)
-    check(device, w, rng, n_tokens)
+    check(device, w, rng, min(n_tokens, experts_few_need(device, w, 1)[3]))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -144,18 +144,102 @@ def test_too_small_a_workspace_is_refused(device: Device, lacking: str) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "limit"), [({}, 64), ({"bits": 8}, 32), ({"scales": PAIRS}, 32)])
-def test_too_many_tokens_are_refused(device: Device, kind: dict[str, int], limit: int) -> None:
+@pytest.mark.parametrize("kind", [{}, {"bits": 8}, {"scales": PAIRS}])
+def test_too_many_tokens_are_refused(device: Device, kind: dict[str, int]) -> None:
     rng = np.random.default_rng(7)
     w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=2, **kind)
-    assert experts_few_need(device, w, 1)[3] == limit
+    limit = experts_few_need(device, w, 1)[3]
     with pytest.raises(DeviceError, match=f"{limit + 1} tokens; wanted are .* {limit} tokens"):
         run_experts_few(device, w, make_x(rng, limit + 1, 40), make_y(rng, limit + 1, 40))
 
 
-def test_misaligned_rows_are_refused(device: Device) -> None:
+# What a block may ask for: of an H100, an A100, and GPUs of sm_86, sm_89 and sm_120.
+@pytest.mark.parametrize(("shared_kb", "limit"), [(227, 64), (163, 64), (99, 32)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scales", [BF16, PAIRS])
+def test_every_kind_runs_on_every_gpu(shared_kb: int, limit: int, bits: int, scales: int) -> None:
+    device = emulated_device()
+    device.arrange(shared_kb=shared_kb)
+    rng = np.random.default_rng(bits)
+    kind = {"bits": bits, "scales": scales}
+    w = make_experts(device, rng, dim=130, ffn_dim=24, n_experts=2, **kind)
+    most = experts_few_need(device, w, 1)[3]
+    assert most == (limit if (bits, scales) == (4, BF16) else 32)
+    for n_tokens in (3, most):
+        check(device, w, rng, n_tokens)
+    device.arrange()
+
+
+# What is changed in a call of 2 tokens, to what, and what is said then. "c." is of the weights.
+WRONG = [
+    ("x_stride", 44, "rows of x every 44 values; wanted are .* 16 bytes"),
+    ("x_stride", 32, "rows of x every 32 values; wanted are rows of 40"),
+    ("x", None, "rows of x every 48 values of no memory"),
+    ("y", None, "rows of y every 45 values of no memory"),
+    ("y_stride", 39, "rows of y every 39 values; wanted are rows of 40"),
+    ("n_tokens", -1, "-1 tokens; wanted are"),
+    ("scratch", None, "scratch, aligned to 16 bytes, must be there"),
+    ("sums", None, "a workspace must be there"),
+    ("counters", None, "a workspace must be there"),
+    ("c.router", None, "rows of the router every 48 values of no memory"),
+    ("c.router_stride", 32, "rows of the router every 32 values"),
+    ("c.gate_up_table", None, "tables of experts"),
+    ("c.down_table", None, "tables of experts"),
+    ("c.top_k", 0, "2 experts, top 0"),
+    ("c.top_k", 3, "2 experts, top 3"),
+    ("c.gate_up.entries", 0, "with 0 scales"),
+    ("c.down.inputs", 24, "down is 40 x 24; wanted are"),
+    ("c.down.rows", 41, "down is 41 x 16; wanted are"),
+    ("c.shared_gate_up.entries", 0, "with 0 scales"),
+    ("c.shared_gate_up.order", 0, "a gate beside its up"),
+    ("c.shared_down.inputs", 17, "down is 40 x 17; wanted are"),
+    ("c.shared_down_scales", None, "tiles and scales must be there"),
+]
+
+
+@pytest.mark.parametrize(("what", "value", "message"), WRONG)
+def test_what_cannot_be_is_refused(device: Device, what: str, value: Any, message: str) -> None:
     rng = np.random.default_rng(8)
     w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=2)
-    x = np.ascontiguousarray(make_x(rng, 2, 40)[:, :44])
-    with pytest.raises(DeviceError, match=r"rows of x every 44 values; wanted are .* 16 bytes"):
-        run_experts_few(device, w, x, make_y(rng, 2, 40))
+    sum_bytes, n_counters, scratch_bytes, _ = experts_few_need(device, w, 2)
+    sums, sum_size, counters, n = make_workspace(device, sum_bytes, n_counters).arguments()
+    call = {
+        "c": w.c,
+        "x": device.put(make_x(rng, 2, 40)),
+        "n_tokens": 2,
+        "x_stride": 48,
+        "y": device.put(make_y(rng, 2, 40)),
+        "y_stride": 45,
+        "scratch": device.reserve(scratch_bytes),
+        "sums": sums,
+        "sum_bytes": sum_size,
+        "counters": counters,
+        "n_counters": n,
+    }
+    *parts, name = what.split(".")
+    if parts:
+        part = w.c
+        for inner in parts[1:]:
+            part = getattr(part, inner)
+        setattr(part, name, value)
+    else:
+        call[name] = value
+    with pytest.raises(DeviceError, match=rf"\[cuda\] experts of few tokens: .*{message}"):
+        device.call("run_experts_few", *call.values())
+
+
+def test_no_tokens_are_no_work(device: Device) -> None:
+    rng = np.random.default_rng(9)
+    w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=2)
+    assert run_experts_few(device, w, make_x(rng, 0, 40), make_y(rng, 0, 40)).shape[0] == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n_tokens", [1, 3, 33])
+def test_all_blocks_of_a_gpu_and_many_rounds_of_rings(n_tokens: int) -> None:
+    """Scout's experts, two of them and the shared one."""
+    device = gpu_device()
+    device.arrange(multiprocessors=None)
+    rng = np.random.default_rng(n_tokens)
+    w = make_experts(device, rng, dim=5120, ffn_dim=8192, n_experts=2)
+    check(device, w, rng, min(n_tokens, experts_few_need(device, w, 1)[3]))

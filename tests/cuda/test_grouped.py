@@ -197,10 +197,20 @@ def test_what_cannot_be_is_refused(device: Device, hopper: bool) -> None:
     rng = np.random.default_rng(0)
     w = make_weights(device, rng, n_experts=1, rows=16, inputs=128)
     y = np.zeros((1, 16), np.float32)
-    with pytest.raises(DeviceError, match="rows of x must be aligned"):
-        run_product(w, make_x(rng, 1, 128, 132), y, hopper=hopper, n_visits=1)
+    x = make_x(rng, 1, 128, 128)
+    one: dict[str, Any] = {"hopper": hopper, "n_visits": 1}
+    with pytest.raises(DeviceError, match=r"rows of x every 132 values; .* aligned"):
+        run_product(w, make_x(rng, 1, 128, 132), y, **one)
+    with pytest.raises(DeviceError, match="rows of y every 15 values"):
+        run_product(w, x, y[:, :15].copy(), **one)
     with pytest.raises(DeviceError, match="SwiGLU"):
-        run_product(w, make_x(rng, 1, 128, 128), y, hopper=hopper, n_visits=1, output=SWIGLU)
+        run_product(w, x, y, output=SWIGLU, **one)
+    with pytest.raises(DeviceError, match="an output that nobody knows"):
+        run_product(w, x, y, output=4, **one)
+    run_product(w, x, y, hopper=hopper, n_visits=0, output=4)  # nothing to do, nothing to refuse
+    w.shape.entries = 0
+    with pytest.raises(DeviceError, match="with 0 scales for 128 inputs"):
+        run_product(w, x, y, **one)
 
 
 @pytest.mark.slow

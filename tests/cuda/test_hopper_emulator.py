@@ -12,6 +12,7 @@ from emulated_build import EmulatorError, build, call
 
 SOURCE = "tests/cuda/emulated/hopper_selftest.cu"
 NONE, NO_START, NOT_SHOWN, NO_WAIT, EARLY_FRAGMENT, NO_BARRIER, EARLY_RELEASE = range(7)
+TOO_MANY, HALF_A_GROUP = 7, 8
 SEEDS = range(9)
 
 
@@ -59,6 +60,8 @@ def test_products_by_columns_are_exact(columns: int, n_steps: int, seed: int) ->
         # Or phases pass that nobody saw.
         (NO_BARRIER, "nothing orders this and the (read|copy|write)|memory that nobody changes"),
         (EARLY_RELEASE, "nothing orders this and the (read|copy|write)"),
+        (TOO_MANY, r"threads wait for .* block 0: .*threads at take_registers \(hopper_selftest"),
+        (HALF_A_GROUP, "block 0: warps of a warpgroup keep 232 and 168 registers"),
     ],
 )
 def test_mistakes_are_named(bug: int, message: str, seed: int) -> None:

@@ -64,7 +64,7 @@ def test_bf16(hopper: Device, n_tokens: int, rows: int, inputs: int, output: int
     found = run_dense(hopper, BF16, x, w, y, output)
     np.testing.assert_array_equal(found[:, rows:], y[:, rows:])
     start = y[:, :rows] if output == ADD else 0.0
-    assert_sums(found[:, :rows], from_bf16(x), from_bf16(w), start)
+    assert_sums(found[:, :rows], from_bf16(x), from_bf16(w), start, in_tensor_cores=True)
 
 
 def e4m3_values() -> Any:

@@ -29,7 +29,7 @@ from cuda_cases import (
     matmul_few_workspace,
     run_matmul_few,
 )
-from cuda_device import Device, DeviceError
+from cuda_device import Device, DeviceError, gpu_device
 
 # Scales, group: None for one scale a row.
 GROUPS = [(BF16, 128), (BF16, 256), (BF16, None)]
@@ -169,14 +169,76 @@ def test_too_small_a_workspace_is_refused(device: Device, lacking: str) -> None:
         run_matmul_few(device, w, make_x(rng, 1, 128), workspace=make_workspace(device, *sizes))
 
 
-def test_misaligned_rows_are_refused(device: Device) -> None:
+# Of a call of 2 tokens by 16 x 128 weights: what is changed, to what, and what is said then.
+WRONG = [
+    ("entries", 0, "with 0 scales for 128 inputs"),
+    ("entries", 3, "with 3 scales for 128 inputs"),
+    ("entries", 2, "with 2 scales for 128 inputs"),  # of bf16
+    ("rows", 0, "0 x 128 weights"),
+    ("rows", 17, "rows of y every 16 values; wanted are rows of 17 values"),
+    ("order", GATE_UP, "gates and ups in one matrix are for SwiGLU"),
+    ("output", SWIGLU, "gates and ups in one matrix are for SwiGLU"),
+    ("output", 4, "an output that nobody knows"),
+    ("n_tokens", -1, "no fewer than 0 tokens"),
+    ("tiles", None, "tiles and scales must be there"),
+    ("w_scales", None, "tiles and scales must be there"),
+    ("x", None, "rows of x every 136 values of no memory"),
+    ("x_stride", 120, "rows of x every 120 values; wanted are rows of 128 values"),
+    ("x_stride", 132, "rows of x every 132 values; wanted are .* aligned to 16 bytes"),
+    ("y", None, "rows of y every 16 values of no memory"),
+    ("y_stride", 15, "rows of y every 15 values; wanted are rows of 16 values"),
+    ("sums", None, "a workspace must be there"),
+    ("counters", None, "a workspace must be there"),
+]
+
+
+@pytest.mark.parametrize(("what", "value", "message"), WRONG)
+def test_what_cannot_be_is_refused(device: Device, what: str, value: Any, message: str) -> None:
     rng = np.random.default_rng(11)
     w = make_matrix(device, rng, 16, 128)
-    x = np.ascontiguousarray(make_x(rng, 2, 128)[:, :132])
-    with pytest.raises(DeviceError, match=r"rows of x every 132 values; wanted are .* 16 bytes"):
-        run_matmul_few(device, w, x)
+    sums, sum_bytes, counters, n_counters = matmul_few_workspace(device, w, 2).arguments()
+    call = {
+        "shape": w.shape,
+        "tiles": w.tiles,
+        "w_scales": w.scales,
+        "x": device.put(make_x(rng, 2, 128)),
+        "n_tokens": 2,
+        "x_stride": 136,
+        "y": device.put(np.zeros((2, 16), np.float32)),
+        "y_stride": 16,
+        "output": STORE,
+        "sums": sums,
+        "sum_bytes": sum_bytes,
+        "counters": counters,
+        "n_counters": n_counters,
+    }
+    if what in call:
+        call[what] = value
+    else:
+        setattr(w.shape, what, value)
+    with pytest.raises(DeviceError, match=rf"\[cuda\] matmul of few tokens: .*{message}"):
+        device.call("run_matmul_few", *call.values())
+
+
+def test_gates_without_ups_are_refused(device: Device) -> None:
+    rng = np.random.default_rng(12)
+    w = make_matrix(device, rng, 18, 128, order=GATE_UP)
+    w.shape.rows = 17
+    with pytest.raises(DeviceError, match="as many gates as ups"):
+        run_matmul_few(device, w, make_x(rng, 2, 128), SWIGLU)
 
 
 def test_no_tokens_are_no_work(device: Device) -> None:
     w = make_matrix(device, np.random.default_rng(12), 16, 128)
     assert run_matmul_few(device, w, np.zeros((0, 128), np.uint16)).shape[0] == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n_tokens", [1, 9, 64])
+@pytest.mark.parametrize("kind", [{}, {"bits": 8, "scales": PAIRS, "group": 32}])
+def test_all_blocks_of_a_gpu_and_many_rounds_of_rings(n_tokens: int, kind: dict[str, int]) -> None:
+    """Scout's queries, keys and values, some 8 units for each block of an H100."""
+    device = gpu_device()
+    device.arrange(multiprocessors=None)
+    rng = np.random.default_rng(n_tokens)
+    check(device, make_matrix(device, rng, 7168, 5120, **kind), rng, n_tokens, STORE)

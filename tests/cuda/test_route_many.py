@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cuda_cases import ADD, GATE_UP, STORE, SWIGLU, bf16, from_bf16
+from cuda_cases import ADD, EXP_ERROR, GATE_UP, STORE, SWIGLU, bf16, from_bf16
 from cuda_device import Device, DeviceError
-from grouped_cases import TILE_TOKENS, Routes, Weights, make_weights, run_product
+from grouped_cases import TILE_TOKENS, Route, Routes, Weights, make_weights, run_product
 
 
 def choose(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
@@ -32,7 +33,8 @@ def check(
     np.testing.assert_array_equal(routes.factor[:n_shared], 1)
     with np.errstate(over="ignore"):
         scores = 1 / (1 + np.exp(-np.take_along_axis(logits, experts, 1).astype(np.float64)))
-    np.testing.assert_allclose(routes.factor[n_shared:], scores.reshape(-1)[order], rtol=3e-7)
+    factors = scores.reshape(-1)[order]
+    np.testing.assert_allclose(routes.factor[n_shared:], factors, rtol=EXP_ERROR)
     visits = np.empty(n_tokens * top_k, np.int64)
     visits[order] = n_shared + np.arange(n_tokens * top_k)
     np.testing.assert_array_equal(routes.visits.reshape(-1), visits)
@@ -89,6 +91,25 @@ def test_nan_logits_still_choose_different_experts(device: Device) -> None:
     assert n_of.sum() == 140 * 4
     expert = np.repeat(np.arange(20), n_of)[routes.visits]
     assert (np.diff(expert, axis=1) > 0).all()
+
+
+def test_no_tokens_are_no_work(device: Device) -> None:
+    nothing = device.reserve(1)
+    for shared in (0, 1):
+        shape = Route(0, 4, 1, shared)
+        device.call("case_route", shape, None, nothing)
+        device.call("case_combine", shape, nothing, None, ctypes.c_int64(8), None,
+                    ctypes.c_int64(8), 8)  # fmt: skip
+
+
+@pytest.mark.parametrize(("strides", "message"), [((4, 8), "overlap"), ((10, 8), "four values")])
+def test_rows_that_cannot_be_combined_are_refused(
+    device: Device, strides: tuple[int, int], message: str
+) -> None:
+    routes = Routes(device, np.zeros((2, 4), np.float32), 1, shared=False)
+    rows = [np.zeros((2, stride), np.float32) for stride in strides]
+    with pytest.raises(DeviceError, match=message):
+        routes.combine(*rows, 8)
 
 
 def test_what_cannot_be_is_refused(device: Device) -> None:

@@ -65,8 +65,45 @@ ptxas info    : Compiling entry function '_Z5cleanv' for 'sm_80'
 ptxas info    : Compiling entry function '_Z4fullv' for 'sm_90a'
     32 bytes stack frame, 0 bytes spill stores, 44 bytes spill loads
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum \
+register requirements.
 """
-    spill, serial = check_sass.log_violations(log)
+    spill, serial, ignored = check_sass.log_violations(log)
     assert "full" in spill
     assert "44 bytes spill loads" in spill
     assert "serialized" in serial
+    assert "setmaxnreg" in ignored
+
+
+def test_a_log_of_nothing_compiled_is_named() -> None:
+    (why,) = check_sass.log_violations("ninja: no work to do.\n")
+    assert "names no kernel" in why
+
+
+HOPPER = """
+arch = sm_90a
+\t\tFunction : taker
+        /*0220*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8 ;   /* 0x0 */
+        /*21460*/                  USETMAXREG.DEALLOC.CTAPOOL {gives:#x} ;    /* 0x0 */
+"""
+USAGE = """
+arch = sm_90a
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function taker:
+  REG:168 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:648 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_registers_that_nobody_gives_are_named() -> None:
+    registers = check_sass.read_registers(USAGE.splitlines())
+    assert registers == {("sm_90a", "taker"): 168}
+    (kernel,) = kernels_of(HOPPER.format(gives=40))
+    assert kernel.gives == {40}
+    assert kernel.takes == {232}
+    assert check_sass.wants_too_many(kernel, 168) is None
+    (kernel,) = kernels_of(HOPPER.format(gives=48))
+    assert "504 in all, and want 512" in str(check_sass.wants_too_many(kernel, 168))
+    kernel.gives.clear()
+    assert "nobody gives" in str(check_sass.wants_too_many(kernel, 168))

@@ -25,11 +25,11 @@ namespace {
 
 // An H100 or H200: the limits that a launch is held to.
 constexpr int kMaxThreads = 1024;
-constexpr std::size_t kMaxSharedBytes = 227 * 1024;
 constexpr int kThreadsPerMultiprocessor = 2048;
 constexpr int kBlocksPerMultiprocessor = 32;
-constexpr std::size_t kSharedPerMultiprocessor = 228 * 1024;
 constexpr std::size_t kSharedOfSystem = 1024;  // of every block, beside its own
+constexpr int kRegisters = 64 * 1024;          // of a multiprocessor
+constexpr int kMostRegisters = 256;            // of a thread, as they are dealt
 
 constexpr std::size_t kSharedGuard = 4 * 1024;
 constexpr std::size_t kDeviceGuard = 64 * 1024;
@@ -42,6 +42,7 @@ enum class Copies { kLate, kEarly, kRandom };
 struct Machine {
   int n_multiprocessors = 5;
   int compute_capability = 90;
+  std::size_t most_shared_bytes = 227 * 1024;  // of a block
   std::uint64_t seed = 0;
   std::mt19937 random;
 
@@ -234,6 +235,18 @@ std::string who_waits(const std::deque<Block>& blocks) {
   return told;
 }
 
+// Whoever gives or takes registers is a warpgroup.
+void check_registers(const Block& block) {
+  constexpr std::size_t kWarpgroup = 4 * kLanes;
+  for (std::size_t i = 0; i < block.fibers.size(); ++i) {
+    const int mine = block.fibers[i].registers;
+    const int first = block.fibers[i / kWarpgroup * kWarpgroup].registers;
+    if (mine == first) continue;
+    fail_launch("block ", block.index, ": warps of a warpgroup keep ", first, " and ", mine,
+                " registers");
+  }
+}
+
 void run_blocks(const std::vector<int>& indices) {
   std::deque<Block> blocks;
   std::size_t n_stacks = 0;
@@ -259,14 +272,16 @@ void run_blocks(const std::vector<int>& indices) {
   for (const Block& block : blocks) {
     const std::string damage = block.shared.damage();
     if (!damage.empty()) fail_launch("block ", block.index, ": ", damage);
+    check_registers(block);
   }
 }
 
 void check_limits() {
   if (grid.blocks < 1) fail_launch(grid.blocks, " blocks");
   if (grid.threads < 1 || grid.threads > kMaxThreads) fail_launch(grid.threads, " threads");
-  if (grid.shared_bytes > kMaxSharedBytes) {
-    fail_launch(grid.shared_bytes, " bytes of shared memory, a block has ", kMaxSharedBytes);
+  if (grid.shared_bytes > machine.most_shared_bytes) {
+    fail_launch(grid.shared_bytes, " bytes of shared memory, a block has ",
+                machine.most_shared_bytes);
   }
   const int fit =
       machine.n_multiprocessors * blocks_per_multiprocessor(grid.threads, grid.shared_bytes);
@@ -301,6 +316,7 @@ Block::Block(int index, int n_threads, std::size_t shared_bytes)
     fiber.block = this;
     fiber.warp = &warp;
     fiber.thread = thread;
+    fiber.registers = std::min(kRegisters / n_threads / 8 * 8, kMostRegisters);
     fiber.history.block = index;
     fiber.history.thread = thread;
     fiber.history.n_threads = n_threads;
@@ -435,15 +451,6 @@ unsigned add(unsigned* counter, unsigned amount, const Where& where) {
   return before;
 }
 
-void store(unsigned* flag, unsigned value, const Where& where) {
-  *flag = value;
-  if (watched) {
-    KnownPtr& told = machine.flags[flag];
-    told = join(told, current->history.tell());
-  }
-  let_others_go("store_release", where, false);
-}
-
 unsigned load(const unsigned* flag, const Where& where) {
   let_others_go("load_acquire", where, true);
   if (watched) current->history.known = join(current->history.known, machine.flags[flag]);
@@ -456,6 +463,9 @@ void tell(const unsigned* flag, Fiber& fiber) {
   KnownPtr& told = machine.flags[flag];
   told = join(told, fiber.history.tell());
 }
+
+void let_go(const char* what, const Where& where) { let_others_go(what, where, false); }
+void look(const char* what, const Where& where) { let_others_go(what, where, true); }
 
 void fence() {
   if (watched) current->history.fence();
@@ -531,9 +541,11 @@ void fail_here(const Where& where, const std::string& message) {
 
 int multiprocessors() { return machine.n_multiprocessors; }
 int compute_capability() { return machine.compute_capability; }
+std::size_t shared_memory_limit() { return machine.most_shared_bytes; }
 
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes) {
-  const std::size_t by_shared = kSharedPerMultiprocessor / (shared_bytes + kSharedOfSystem);
+  const std::size_t by_shared =
+      (machine.most_shared_bytes + kSharedOfSystem) / (shared_bytes + kSharedOfSystem);
   return std::min(
       {kThreadsPerMultiprocessor / threads, kBlocksPerMultiprocessor, static_cast<int>(by_shared)});
 }
@@ -557,6 +569,9 @@ void emulated_seed(std::uint64_t seed) {
 
 void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
 void emulated_compute_capability(int capability) { machine.compute_capability = capability; }
+void emulated_shared_memory(int bytes) {
+  machine.most_shared_bytes = static_cast<std::size_t>(bytes);
+}
 
 void* device_alloc(std::size_t bytes) {
   GuardedBytes memory("device memory", bytes, kDeviceGuard);

@@ -17,6 +17,8 @@ enum Bug : int {
   kEarlyFragment,  // changes a while a product runs
   kNoBarrier,      // reads what may not be there
   kEarlyRelease,   // lets the slot be filled while products read it
+  kTooMany,        // registers are taken: more than were given
+  kHalfAGroup,     // of warps takes registers
 };
 
 constexpr int kSlots = 2;
@@ -68,7 +70,6 @@ __device__ void consume(const Case& c, std::byte* slots, Barrier* full, Barrier*
     if (c.bug != kEarlyRelease) arrive(empty + step % kSlots);
   }
   hold(d);
-  sync_some(1, kWarpgroup);
   for (int i = 0; i < kColumns / 2; ++i) {
     const int row = warp * 16 + g + i / 2 % 2 * 8;
     c.d[row * kColumns + i / 4 * 8 + 2 * t + i % 2] = d[i];
@@ -88,12 +89,15 @@ __global__ void products_kernel(const Case c) {
     }
   }
   sync_block();
-  if (thread_index() >= kWarpgroup) {
-    give_registers<40>();
-    produce<kColumns>(c, slots, full, empty);
-  } else {
+  // 3 x 168 at first; the last warpgroup but takes and leaves.
+  if (thread_index() < kWarpgroup) {
     take_registers<232>();
     consume<kColumns>(c, slots, full, empty);
+  } else if (thread_index() < 2 * kWarpgroup) {
+    c.bug == kTooMany ? give_registers<48>() : give_registers<40>();
+    if (thread_index() < kWarpgroup + kWarp) produce<kColumns>(c, slots, full, empty);
+  } else if (c.bug != kHalfAGroup || thread_index() < 2 * kWarpgroup + 2 * kWarp) {
+    take_registers<232>();
   }
 }
 
@@ -158,7 +162,7 @@ int test_products(int columns, int bug, const std::uint16_t* a, const std::uint1
   return caught([&] {
     const Case c{static_cast<Bug>(bug), a, b, d, n_steps, offset};
     Launch how;
-    how.threads = kWarpgroup + kWarp;
+    how.threads = 3 * kWarpgroup;
     how.shared_bytes = static_cast<std::size_t>(kSlots * columns * 128 + 4 * kSlots * 4);
     const auto kernel = columns == 64    ? products_kernel<64>
                         : columns == 128 ? products_kernel<128>

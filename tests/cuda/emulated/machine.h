@@ -44,7 +44,7 @@ struct Product {
   int group;
 };
 
-// A barrier in shared memory, and one of threads that name the same number.
+// A barrier in shared memory.
 struct BarrierState {
   int expected = 0;
   int came = 0;
@@ -79,6 +79,8 @@ struct Fiber {
   std::vector<const std::uint32_t*> multiplied;  // the a's of products since start_products()
   bool shown = true;  // show_to_products() was called after the last wait for others
 
+  int registers = 0;  // that it keeps
+
   History history;  // kept while accesses are reported
 };
 
@@ -110,7 +112,7 @@ struct Block : Circle {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::map<const void*, BarrierState> barriers;  // by their place in shared memory
-  std::map<int, BarrierState> named_barriers;
+  int spare_registers = 0;                       // given by threads and not taken
 };
 
 struct Grid {
@@ -152,9 +154,11 @@ void meet_block(const char* what, const Where& where);
 // Words that threads of all blocks read and write at once; others may go first after each. When all
 // threads only look, for long, the grid is stopped.
 unsigned add(unsigned* counter, unsigned amount, const Where& where);
-void store(unsigned* flag, unsigned value, const Where& where);
 unsigned load(const unsigned* flag, const Where& where);
 void fence();
+// Others may go first: after something that they may see, and where what is looked for is not there.
+void let_go(const char* what, const Where& where);
+void look(const char* what, const Where& where);
 
 // An access to memory by compiled code at `code`; checked before it happens.
 void report(const void* pointer, std::size_t n_bytes, bool writes, const void* code);
@@ -181,6 +185,7 @@ std::string place(const Where& where);
 
 int multiprocessors();
 int compute_capability();
+std::size_t shared_memory_limit();
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
 
 }  // namespace camelid::cuda::emulated
@@ -193,6 +198,7 @@ const char* device_error();
 void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
 void emulated_compute_capability(int capability);  // 90 unless told otherwise
+void emulated_shared_memory(int bytes);  // of a block at most: 227 KB unless told otherwise
 void* device_alloc(std::size_t bytes);
 int device_free(void* memory);
 int device_copy(void* to, const void* from, std::size_t bytes);

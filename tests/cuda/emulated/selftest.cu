@@ -172,7 +172,7 @@ __global__ void copy_and_look(const std::uint8_t* x, std::uint8_t* y, int n_byte
   };
   copy_async(mine, x + thread_index() * 32, n_bytes);
   commit_copies();
-  copy_async_once(mine + 16, x + thread_index() * 32 + 16);
+  copy_async_once(shared_address(mine + 16), x + thread_index() * 32 + 16);
   commit_copies();
   wait_copies<2>();
   look(0);
@@ -205,7 +205,7 @@ __global__ void grid_barrier(unsigned* state, int* values, int* sums) {
     fence_blocks();
     const unsigned before = add_atomic(came, 1);
     fence_blocks();
-    if (before == static_cast<unsigned>(grid_size()) - 1) store_release(open, 1);
+    if (before == static_cast<unsigned>(grid_size()) - 1) add_atomic(open, 1);
     while (load_acquire(open) == 0) {
     }
   }
@@ -222,7 +222,8 @@ __global__ void log_order(unsigned* n_came, int* order) {
 // Tells others before the value is there.
 __global__ void flag_too_early(unsigned* flag, int* value, int* seen) {
   if (block_index() == 0) {
-    store_release(flag, 1);
+    fence_blocks();
+    add_atomic(flag, 1);
     *value = 7;
   } else {
     while (load_acquire(flag) == 0) {

@@ -132,7 +132,7 @@ inline bool any_of_warp(bool value, emulated::Where where = emulated::Where::cur
 
 inline void check(cudaError_t, const char*) {}
 
-inline std::size_t shared_memory_limit() { return 227 * 1024; }
+inline std::size_t shared_memory_limit() { return emulated::shared_memory_limit(); }
 
 inline int compute_capability() { return emulated::compute_capability(); }
 

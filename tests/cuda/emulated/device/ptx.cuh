@@ -70,17 +70,13 @@ inline void copy_async(void* shared, const void* global, int n_bytes,
                        emulated::Where where = emulated::Where::current()) {
   emulated::start_copy(shared, global, n_bytes, where);
 }
-inline void copy_async_once(void* shared, const void* global,
-                            emulated::Where where = emulated::Where::current()) {
-  emulated::start_copy(shared, global, 16, where);
-}
 inline void copy_async(unsigned shared, const void* global, int n_bytes,
                        emulated::Where where = emulated::Where::current()) {
   copy_async(emulated::at_shared(shared), global, n_bytes, where);
 }
 inline void copy_async_once(unsigned shared, const void* global,
                             emulated::Where where = emulated::Where::current()) {
-  copy_async_once(emulated::at_shared(shared), global, where);
+  emulated::start_copy(emulated::at_shared(shared), global, 16, where);
 }
 inline void commit_copies() { ++emulated::current->open_group; }
 
@@ -236,10 +232,6 @@ inline void fence_blocks() { emulated::fence(); }
 inline unsigned add_atomic(unsigned* counter, unsigned amount,
                            emulated::Where where = emulated::Where::current()) {
   return emulated::add(counter, amount, where);
-}
-inline void store_release(unsigned* flag, unsigned value,
-                          emulated::Where where = emulated::Where::current()) {
-  emulated::store(flag, value, where);
 }
 inline unsigned load_acquire(const unsigned* flag,
                              emulated::Where where = emulated::Where::current()) {

@@ -1,6 +1,6 @@
 // The twin of cuda/sm90/hopper.cuh on the CPU. A product may be executed at once or only when it is
 // waited for, with the registers and the shared memory of that moment; and an arrival that waits
-// for copies comes when somebody needs it. Not watched: how many registers a warpgroup has.
+// for copies comes when somebody needs it. Registers are counted, not used.
 #pragma once
 
 #include <algorithm>
@@ -59,7 +59,7 @@ inline void init_barrier(Barrier* barrier, int arrivals,
 inline void arrive(Barrier* barrier, emulated::Where where = emulated::Where::current()) {
   emulated::BarrierState& state = emulated::state_of(barrier, where);
   emulated::arrive_at(state, *emulated::current);
-  emulated::store(&state.phases, state.phases, where);  // others may go first
+  emulated::let_go("arrive", where);
 }
 
 // Uses the groups of commit_copies(): a thread has either those or this.
@@ -82,15 +82,6 @@ inline void wait_barrier(Barrier* barrier, unsigned parity,
   if (parity > 1) emulated::fail_here(where, "a parity that is neither 0 nor 1");
   emulated::look_until(state, where, [&] { return (state.phases & 1) != parity; });
   emulated::current->shown = false;
-}
-
-inline void sync_some(int id, int n_threads, emulated::Where where = emulated::Where::current()) {
-  if (id < 1 || id > 15 || n_threads % kWarp != 0) emulated::fail_here(where, "sync_some of what");
-  emulated::BarrierState& state = emulated::current->block->named_barriers[id];
-  state.expected = n_threads;
-  const unsigned phase = state.phases;
-  emulated::arrive_at(state, *emulated::current);
-  emulated::look_until(state, where, [&] { return state.phases != phase; });
 }
 
 // ---- products of a warpgroup ----
@@ -238,13 +229,33 @@ void hold(float (&)[kValues]) {}
 
 constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8; }
 
+namespace emulated {
+
+// This thread keeps `count` from here on. A thread that takes more waits until others gave enough.
+inline void set_registers(const char* what, int count, bool takes, const Where& where) {
+  Block& block = *current->block;
+  int& mine = current->registers;
+  if (takes ? count < mine : count > mine) {
+    fail_here(where, cat(what, " to ", count, ", which has ", mine));
+  }
+  meet_warp(what, where);
+  const int more = count - mine;
+  while (block.spare_registers < more) look(what, where);
+  block.spare_registers -= more;
+  mine = count;
+}
+
+}  // namespace emulated
+
 template <int kRegisters>
-void give_registers() {
+void give_registers(emulated::Where where = emulated::Where::current()) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  emulated::set_registers("give_registers", kRegisters, false, where);
 }
 template <int kRegisters>
-void take_registers() {
+void take_registers(emulated::Where where = emulated::Where::current()) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  emulated::set_registers("take_registers", kRegisters, true, where);
 }
 
 }  // namespace camelid::cuda
