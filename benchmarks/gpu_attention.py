@@ -231,8 +231,9 @@ def logits_rows(gpu: Gpu, model: Attention, l2_bytes: int, vocab: int = 202048) 
         out = gpu.device.reserve(n_rows * TOP_BYTES)
         scratch = gpu.device.reserve(library.case_top_logits_bytes(n_rows, vocab))
         counters = gpu.device.put(np.zeros(n_rows, np.uint32))
-        call = ("case_top_logits", out, logits, ctypes.c_int64(vocab), n_rows, vocab, scratch,
-                counters)  # fmt: skip
+        factors = gpu.device.put(np.ones(n_rows, np.float32))
+        call = ("case_top_logits", out, logits, ctypes.c_int64(vocab), factors, n_rows, vocab,
+                scratch, counters)  # fmt: skip
         yield Row(f"top_logits of {vocab}", n_rows, logits.n_bytes, 0, gpu.times([call]))
 
 

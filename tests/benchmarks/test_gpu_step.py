@@ -106,6 +106,7 @@ def test_random_layers_are_not_alike_and_take_no_memory() -> None:
     assert first.input_norm is second.post_norm
 
 
+@pytest.mark.slow
 def test_on_the_emulated_gpu(tmp_path: Path) -> None:
     gpu_check = _load(ROOT / "tools" / "gpu_check")
     staged = gpu_check.stage(build_core(), tmp_path / "python")

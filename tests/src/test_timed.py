@@ -34,7 +34,7 @@ def test_calls_of_a_step_are_named_in_order(folder: Path) -> None:
     assert layer[:6] == ["norm", "matmul", "store_kv", "attend", "matmul_add", "norm"]
     assert layer[6] in ("experts", "mlp")
     assert names[4].split()[1] in ("local", "global")
-    assert [name.split()[0] for name in names[-3:]] == ["select_rows", "norm", "matmul"]
+    assert [name.split()[0] for name in names[-4:]] == ["select_rows", "norm", "matmul", "find_top"]
 
 
 def test_a_step_is_measured_as_a_whole_once_for_each(folder: Path) -> None:
