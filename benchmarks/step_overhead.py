@@ -94,6 +94,7 @@ def load_options(checkpoint: Checkpoint, threads: int) -> tuple[LoadOptions, Loa
     """
     ours = LoadOptions.parse(device="cpu", threads=threads)
     plan = asdict(make_plan(checkpoint, ours)) | {"weights": stored_as(checkpoint.config)}
+    del plan["step_tokens"]  # nobody's to choose
     return ours, LoadOptions.parse(device="cpu", threads=threads, **plan)
 
 

@@ -54,7 +54,7 @@ def test_bars_and_one_result(folder: Path, tmp_path: Path) -> None:
     assert table[bf16] == ["0.88", "0.97", "0.80", "**no**"]
     assert table["decode step, batch 1, 8K"][2:] == ["0.80", "yes"]
     assert table["decode step, batch 64, 8K"][2:] == ["0.50", "**no**"]
-    assert table["prefill of 8K"][2:] == ["not measured", ""]
+    assert table["prefill of 8K, 4096 a step"][2:] == ["not measured", ""]
     assert table["host time the GPU waits for, batch 1, us"] == ["< 50", "0", "40", "yes"]
     assert "## 2026-12-24: steps on NVIDIA H200" in report
     record = json.loads((tmp_path / "out" / "2026-12-24-nvidia-h200.json").read_text())

@@ -32,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-ub",
         dest="step_tokens",
-        default="512",
         metavar="N",
-        help="most tokens of a prompt in one step (default 512); GPUs like 2048 and more",
+        help="most tokens of a prompt in one step (default: as a server, 512, on a GPU more)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_load_flags(parser)
@@ -53,12 +52,14 @@ def run(options: argparse.Namespace) -> int:
     flags = {"-p": options.n_prompt, "-n": options.n_gen, "-d": options.depth, "-b": options.batch}
     numbers = [_numbers(flag, text) for flag, text in flags.items()]
     what = cases(*numbers)
-    step_tokens = parse_count("-ub", options.step_tokens)
+    asked = options.step_tokens
+    step_tokens = None if asked is None else parse_count("-ub", asked)
     wanted = LoadOptions.parse(**load_options(options))
     _check_cases(what, numbers[3], options.repeats + 1, wanted.max_context)
     with Checkpoint.open(find_folder(options.model)) as checkpoint:
         loaded = load(checkpoint, wanted, max_step_tokens=step_tokens, progress=shows_progress())
     _check_fit(loaded.core, what, options.repeats + 1)
+    step_tokens = step_tokens or loaded.plan.step_tokens
     memory = loaded.core.memory()
     record = {
         "version": camelid.__version__,
