@@ -264,6 +264,7 @@ void FeedForward::run_plain(const Tensor& y, const Tensor& x, const Prepared& p,
 void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w) {
   const auto& prepared = *static_cast<const Prepared*>(w.prepared.get());
   if (!prepared.has_shared) mlp(y, x, w.shared);
+  // Of int8 or weights with zero points that is up to 32 tokens; from 33 on, grouped products.
   if (prepared.one_launch && x.n_rows <= experts_few_limit(prepared.few)) {
     run_few(y, x, prepared);
     return;
