@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
 
 @pytest.fixture(scope="module")
 def llm(model: tuple[Path, Weights]) -> Iterator[LLM]:
-    with LLM(model[0], threads=2) as opened:
+    with open_llm(model[0], threads=2) as opened:
         yield opened
 
 
@@ -152,7 +152,7 @@ def test_the_engine_refuses_feature_rows_that_are_none(model: tuple[Path, Weight
 
 def test_a_model_without_a_tower_takes_no_images(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    with LLM(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="images"):
+    with open_llm(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="images"):
         llm.logits([1, 2], images=[np.zeros((1, 3, 56, 56), np.float32)])
 
 

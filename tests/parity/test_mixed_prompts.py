@@ -25,8 +25,8 @@ TOLERANCE = 2e-3  # standard deviations of the logits; measured: 2e-4 at most of
 ALL = [variant.name for variant in MIXED_VARIANTS]
 # The other instruction sets differ in kernels; these meet all of them.
 FOR_EACH_ISA = ["maverick_like", "odd_shapes", "int4_tower", "int8_tower"]
-CASES = [(name, testing.isas()[0]) for name in ALL] + [
-    (name, isa) for isa in testing.isas()[1:] for name in FOR_EACH_ISA
+CASES = [(name, isas()[0]) for name in ALL] + [
+    (name, isa) for isa in isas()[1:] for name in FOR_EACH_ISA
 ]
 GREEDY = SamplingParams(max_tokens=N_GREEDY, temperature=0.0, ignore_eos=True, logprobs=2)
 
@@ -46,11 +46,11 @@ def golden(name: str, weights: Weights) -> dict[str, Any]:
 def test_logits_and_greedy_tokens_equal_transformers(
     name: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CAMELID_CPU_ISA", isa)
+    use_isa(monkeypatch, isa)
     variant = variant_of(name)
     wanted = golden(name, variant.write(tmp_path))
     ids, images = variant.prompt()
-    with LLM(tmp_path, device="cpu", threads=2) as llm:
+    with open_llm(tmp_path, threads=2) as llm:
         logits = llm.logits(ids, images=images)
         (answer,) = llm.generate({"prompt_token_ids": ids, "images": images}, GREEDY)
     std = float(wanted["std"])
@@ -67,7 +67,7 @@ def fast_errors(name: str, folder: Path, **options: str) -> Array:
     variant = variant_of(name)
     wanted = golden(name, variant.write(folder))
     ids, images = variant.prompt()
-    with LLM(folder, device="cpu", threads=2, compute="fast", **options) as llm:
+    with open_llm(folder, threads=2, compute="fast", **options) as llm:
         logits = llm.logits(ids, images=images)
     # A unit vector leaves errors of any direction but one their size.
     of_rows = logits @ direction(logits.shape[1]) - wanted["projected"]
@@ -111,7 +111,7 @@ def test_answers_are_the_same_alone_and_in_company(name: str, compute: str, tmp_
         prompts.append({"prompt_token_ids": ids, "images": images})
         prompts.append({"prompt_token_ids": ids[-2 - seed // 2 :]})  # words alone
     assert sum(len(prompt["prompt_token_ids"]) for prompt in prompts) > 700  # a step takes 512
-    with LLM(tmp_path, device="cpu", threads=2, compute=compute) as llm:
+    with open_llm(tmp_path, threads=2, compute=compute) as llm:
         together = llm.generate(prompts, GREEDY)
         for prompt, answer in zip(prompts, together, strict=True):
             (alone,) = llm.generate(prompt, GREEDY)
@@ -138,7 +138,7 @@ def test_logits_of_a_long_image_are_the_same_beside_answers(tmp_path: Path) -> N
     variant = variant_of("seventeen_tiles")
     variant.write(tmp_path)
     ids, images = variant.prompt()
-    with LLM(tmp_path, device="cpu", threads=2) as llm:
+    with open_llm(tmp_path, threads=2) as llm:
         wanted = llm.logits(ids, images=images)
         params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
         answers = llm.stream(list(range(37)), params)

@@ -1,4 +1,4 @@
-"""camelid against tests/reference/llama4.py on random configs, beyond those that goldens hold.
+"""camelid against tests/reference/ on random configs, beyond those that goldens hold.
 
 tools/make_goldens.py holds the reference itself to transformers, within 1e-5 of the logits'
 standard deviation.
@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import camelid
+from backends import is_gpu, quick
 from checkpoints import REMOVE, Quantization, Weights, write_checkpoint
-from engines import assert_close
+from engines import open_llm
+from judge import Judge
 from reference.llama4 import forward
 from variants import VARIANTS
 
 TOLERANCE = 2e-3  # standard deviations of the logits, as in test_logits.py
+# Of one layer, in which little is rounded twice on the way.
+ONE_LAYER = 5e-3
 
 
 def random_config(seed: int) -> tuple[dict[str, Any], Quantization | None]:
@@ -45,7 +48,7 @@ def random_config(seed: int) -> tuple[dict[str, Any], Quantization | None]:
         "num_hidden_layers": n_layers,
         "num_attention_heads": n_kv_heads * draw.randint(1, 5),
         "num_key_value_heads": n_kv_heads,
-        "head_dim": 2 * draw.randint(2, 20),
+        "head_dim": 8 * draw.randint(1, 5) if is_gpu() else 2 * draw.randint(2, 20),
         "intermediate_size": draw.randint(8, 70),
         "intermediate_size_mlp": draw.randint(8, 100),
         "num_local_experts": n_experts,
@@ -73,17 +76,16 @@ def random_config(seed: int) -> tuple[dict[str, Any], Quantization | None]:
     return config, quantization if draw.random() < 0.4 else None
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", quick(range(24), range(4)))
 def test_logits_equal_the_reference_on_a_random_config(seed: int, tmp_path: Path) -> None:
     config, quantization = random_config(seed)
     weights = write_checkpoint(
         tmp_path, config_overrides=config, seed=seed, quantization=quantization
     )
     prompt = random.Random(seed).choices(range(256), k=90)
-    wanted = forward(json.loads((tmp_path / "config.json").read_text()), weights, prompt)
-    with camelid.LLM(tmp_path, device="cpu", threads=1) as llm:
+    with open_llm(tmp_path) as llm:
         got = llm.logits(prompt)
-    assert_close(got, wanted, std=float(wanted.std()), tolerance=TOLERANCE)
+    Judge(tmp_path, weights).check(got, prompt)
 
 
 # What would go unnoticed if the variants were blunt: each change must move their logits far.

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid import LLM
-from camelid._core import testing
+from backends import engine_options, is_gpu, isas, quick, use_isa
 from camelid.quantize import quantize
 from checkpoints import (
     Quantization,
@@ -19,7 +18,9 @@ from checkpoints import (
     store_quantised,
     write_checkpoint,
 )
-from engines import assert_close, assert_same_bits, open_engine
+from engines import assert_close, assert_same_bits, open_engine, open_llm
+from judge import held_as_integers
+from reference.numerics import Bf16
 from reference.vision import encode
 from variants import digest
 from vision_variants import GOLDENS, VISION_VARIANTS, VisionVariant
@@ -28,13 +29,13 @@ TOLERANCE = 2e-3  # standard deviations of the features; measured: 4e-6 at most
 
 
 @pytest.mark.parametrize("variant", VISION_VARIANTS, ids=lambda variant: variant.name)
-@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("isa", isas())
 def test_features_are_those_of_transformers(
     isa: str, variant: VisionVariant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if isa == "scalar" and variant.config.get("image_size", 0) > 100:
         pytest.skip("seconds for what smaller tiles show as well")
-    monkeypatch.setenv("CAMELID_CPU_ISA", isa)
+    use_isa(monkeypatch, isa)
     golden = np.load(GOLDENS / f"{variant.name}.npz")
     weights = variant.write(tmp_path)
     assert digest(weights) == str(golden["digest"]), "made with other weights: make them anew"
@@ -158,7 +159,7 @@ def test_llm_encodes_images_between_answers(tmp_path: Path) -> None:
     variant = VISION_VARIANTS[0]
     variant.write(tmp_path)
     golden = np.load(GOLDENS / f"{variant.name}.npz")
-    with LLM(tmp_path, threads=1) as llm:
+    with open_llm(tmp_path, threads=1) as llm:
         got = llm.encode_image(variant.pixels().astype(np.float64))
         assert_close(got, golden["features"], std=float(golden["std"]), tolerance=TOLERANCE)
         assert got.dtype == np.float32
@@ -180,13 +181,13 @@ def test_llm_encodes_images_between_answers(tmp_path: Path) -> None:
 )
 def test_llm_refuses_pixels_by_name(pixels: object, says: str, tmp_path: Path) -> None:
     VISION_VARIANTS[0].write(tmp_path)
-    with LLM(tmp_path, threads=1) as llm, pytest.raises(camelid.InvalidRequest, match=says):
+    with open_llm(tmp_path, threads=1) as llm, pytest.raises(camelid.InvalidRequest, match=says):
         llm.encode_image(pixels)  # type: ignore[arg-type]
 
 
 def test_llm_without_a_tower_says_so(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    with LLM(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="vision tower"):
+    with open_llm(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="vision tower"):
         llm.encode_image(np.zeros((1, 3, 56, 56), np.float32))
 
 
@@ -206,7 +207,7 @@ def test_towers_that_cannot_be_served_are_refused_at_load(
 ) -> None:
     write_checkpoint(tmp_path, vision=True, vision_overrides=overrides)
     with pytest.raises(camelid.Error, match="vision"):
-        LLM(tmp_path, threads=1)
+        open_llm(tmp_path, threads=1)
 
 
 def test_all_that_a_tile_needs_counts_as_workspace(tmp_path: Path) -> None:
