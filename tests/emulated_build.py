@@ -191,13 +191,12 @@ def _compile_all(
 
 
 def _compile(command: list[str], source: Path) -> Path:
-    headers = [
-        path
-        for folder in FOLDERS
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".h", ".cuh", ".inl"}
-    ]
-    contents = (path.read_bytes() for path in [source, *headers])
+    listed = subprocess.run(
+        [*command, "-x", "c++", "-MM", str(source)], capture_output=True, text=True, check=False
+    ).stdout
+    # "name.o: source header \\\n header": what it is compiled from, nothing where that fails.
+    read = sorted(set(listed.partition(":")[2].replace("\\\n", " ").split()) | {str(source)})
+    contents = (Path(path).read_bytes() for path in read)
     target = CACHE / f"{source.stem}-{_key(*(word.encode() for word in command), *contents)}.o"
     _make(target, [*command, "-x", "c++", "-c", str(source)])
     return target

@@ -37,7 +37,8 @@ class Kernel:
 
 
 # Kernels by a pattern of their mangled name, and what they must have. 16 bytes at a time, past L1;
-# whole matrices out of shared memory; products on tensor cores.
+# whole matrices out of shared memory; products on tensor cores. Rows in vectors; histograms whose
+# equal bins a warp counts at once.
 _STREAM = (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4")
 MEANT = {
     "run_matmul_few": _STREAM,
@@ -45,6 +46,10 @@ MEANT = {
     "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
     r"4cuda\d\d_GLOBAL_.*grouped_many_kernel": _STREAM[:2],
     r"4cuda4sm90.*grouped_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
+    "norm_kernel": (r"LDG\.E\.128", r"STG\.E\.(128|64)"),
+    r"each_kernel.*Copy": (r"LDG\.E\.128", r"STG\.E\.128"),
+    "store_kv_kernel": (r"LDG\.E\.128", r"STG\.E\.64"),
+    "top_logits_kernel": (r"LDG\.E\.128", r"ATOMS\.POPC\.INC"),
     "cutlass13device_kernel": (r"[HQ]GMMA\.64x", r"UTMALDG"),
 }
 LOCAL_MEMORY = r"(LDL|STL)(\.|$)"

@@ -88,12 +88,23 @@ int blocks_that_fit(void (*kernel)(Parameters...), int threads, std::size_t shar
   return count;
 }
 
+// Whether kernels may start before the one before has ended: from Hopper on. Asked once, since it is
+// asked for every launch, and one process has GPUs of one kind.
+inline bool can_overlap() {
+  constexpr int kHopper = 90;
+  static const bool can = compute_capability() >= kHopper;
+  return can;
+}
+
 struct Launch {
   int blocks = 1;
   int threads = kWarp;
   std::size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
   bool together = false;  // all blocks run at once, so that they may wait for one another
+  // May start while the kernel before it ends, from Hopper on: it calls wait_for_previous_kernel()
+  // before it touches anything that kernel writes or reads.
+  bool overlaps = false;
 };
 
 // Launches kernel(args...) and throws where the launch itself fails; nothing is waited for.
@@ -106,15 +117,20 @@ void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
           what);
   }
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (how.together) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
   config.attrs = &attribute;
-  config.numAttrs = how.together ? 1 : 0;
+  config.numAttrs = how.together || (how.overlaps && can_overlap()) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
 }
 

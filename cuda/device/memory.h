@@ -3,7 +3,9 @@
 // meaning. It never computes.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "device/launch.cuh"
@@ -21,8 +23,12 @@ struct FreePinned {
 using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
 using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
 
+// How often device memory was taken: addresses that were recorded before may be gone since.
+inline std::atomic<std::uint64_t> n_allocations{0};
+
 // Aligned to 256 bytes; contents are anything.
 inline DeviceMemory allocate_device(std::size_t bytes) {
+  ++n_allocations;
   void* memory = nullptr;
   check(cudaMalloc(&memory, bytes), "device memory");
   return DeviceMemory(static_cast<std::byte*>(memory));

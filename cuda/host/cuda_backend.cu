@@ -135,9 +135,35 @@ void CudaBackend::prepare(Experts& experts) {
 
 // ---- a step ----
 
-void CudaBackend::begin(const StepPlan& plan) {
+// A step of decoding is recorded at its second time: the first has taken what memory it needs. Any
+// memory taken later may have moved what a recording points to.
+bool CudaBackend::begin(const StepPlan& plan) {
   use();
+  if (std::exchange(recording_, false)) Graph::finish(gpu_.stream);  // a call in it failed
   step_.set(plan);
+  const KindArrays &local = step_.kind(true), &global = step_.kind(false);
+  step_kind_ = nullptr;
+  if (!plan.repeatable || local.n_many > 0 || global.n_many > 0) return true;
+  step_kind_ = &recorded_[{step_.n_tokens(), step_.n_rows(), local.pool.base, global.pool.base}];
+  if (step_kind_->n_allocations != n_allocations) {
+    step_kind_->graph = {};
+    step_kind_->n_allocations = n_allocations;
+    return true;
+  }
+  if (step_kind_->graph.is_there()) return false;
+  Graph::record(gpu_.stream);
+  recording_ = true;
+  return true;
+}
+
+void CudaBackend::end() {
+  if (step_kind_ == nullptr) return;
+  if (std::exchange(recording_, false)) step_kind_->graph = Graph::finish(gpu_.stream);
+  if (step_kind_->graph.is_there()) {
+    step_kind_->graph.launch(gpu_.stream);
+  } else {
+    step_kind_->n_allocations = n_allocations;
+  }
 }
 
 void CudaBackend::embed(Tensor y, const Matrix& table) {

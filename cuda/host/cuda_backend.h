@@ -2,6 +2,8 @@
 // order of one stream.
 #pragma once
 
+#include <compare>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -10,6 +12,7 @@
 #include "backend/backend.h"
 #include "base/threads.h"
 #include "device/gpu.h"
+#include "device/graph.h"
 #include "device/memory.h"
 #include "device/reservation.h"
 #include "device/uploader.h"
@@ -40,7 +43,8 @@ class CudaBackend final : public Backend {
   Buffer upload(std::span<const float> values) override;
   void prepare(Experts& experts) override;
 
-  void begin(const StepPlan& plan) override;
+  bool begin(const StepPlan& plan) override;
+  void end() override;
   void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
@@ -58,6 +62,16 @@ class CudaBackend final : public Backend {
 
  private:
   void use() const { use_gpu(ordinal_); }  // callers come from any thread
+  // A kind of step: how many tokens and rows, and in which pages.
+  struct StepKind {
+    std::int32_t n_tokens, n_rows;
+    const void *local, *global;
+    auto operator<=>(const StepKind&) const = default;
+  };
+  struct Recorded {
+    Graph graph;
+    std::uint64_t n_allocations = 0;  // when it was recorded, or last run: addresses are of then
+  };
   Reservation& reservation_of(void* data);
   std::size_t reclaim();  // memory of discarded pages
 
@@ -74,6 +88,9 @@ class CudaBackend final : public Backend {
   PinnedMemory downloaded_;
   std::size_t downloaded_bytes_ = 0;
   std::map<void*, std::weak_ptr<Reservation>> reservations_;  // by where they begin
+  std::map<StepKind, Recorded> recorded_;
+  Recorded* step_kind_ = nullptr;  // of the step under way, where it is repeatable
+  bool recording_ = false;
 };
 
 }  // namespace camelid::cuda

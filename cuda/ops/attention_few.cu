@@ -664,6 +664,7 @@ void attend_few(const Attention& call, int multiprocessors, cudaStream_t stream)
         how.threads = kThreads;
         how.shared_bytes = Shape::kHeaderAt + sizeof(Header<Shape::kStages>);
         how.stream = stream;
+        how.overlaps = true;
         how.blocks = multiprocessors *
                      blocks_that_fit(run_attention_few<Shape>, how.threads, how.shared_bytes);
         if (how.blocks == 0) return false;

@@ -218,6 +218,7 @@ void matmul_plain(const MatmulPlain& call, cudaStream_t stream) {
   how.threads = kThreads;
   how.shared_bytes = kSlots * 2 * kTileBytes;
   how.stream = stream;
+  how.overlaps = true;
   launch("plain matmul", run_matmul_plain, how, call);
 }
 

@@ -217,6 +217,7 @@ void norm(const char* what, const Norm& call, cudaStream_t stream) {
   how.blocks = call.y.n_rows;
   how.shared_bytes = 2 * kWarp * sizeof(float);
   how.stream = stream;
+  how.overlaps = true;
   const auto threads = [&](int fours) {
     return std::min(divide_up(call.x.dim, kFour * fours * kWarp) * kWarp, kMostThreads);
   };
@@ -240,6 +241,7 @@ void each(const char* what, const Rows& y, const Op& op, cudaStream_t stream) {
       static_cast<int>(std::min(std::int64_t{y.n_rows} * divide_up(y.dim, kPiece), kMostBlocks));
   how.threads = kPieceThreads;
   how.stream = stream;
+  how.overlaps = true;
   launch(what, each_kernel<Op>, how, y, op);
 }
 

@@ -129,8 +129,8 @@ __device__ void store_scaled(const KvRow& row, Head& head, const KvShape& shape)
   const bool finite = __float_as_uint(largest) < 0x7f800000u;
   const bool zeros = !finite || largest < kSmallest;
   const float inverse = zeros ? 0.0f : most / largest;
-  // Rounding may leave the largest a little above `most`.
-  each(head, [&](float v) { return zeros ? 0.0f : max(-most, min(most, v * inverse)); });
+  // The largest may come out an ulp above `most`, which rounding takes away.
+  each(head, [&](float v) { return zeros ? 0.0f : v * inverse; });
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
     if (column_of(i) >= shape.row_bytes()) continue;
@@ -195,6 +195,7 @@ void store_kv(const StoreKv& call, cudaStream_t stream) {
   how.blocks = static_cast<int>((n_warps + kWarps - 1) / kWarps);
   how.threads = kWarps * kWarp;
   how.stream = stream;
+  how.overlaps = true;
   launch("store_kv", store_kv_kernel, how, call);
 }
 

@@ -26,9 +26,9 @@ struct StoreKv {
   const float* query_scale = nullptr;  // [n_tokens], multiplies q; null: 1
 };
 
-// All in float32 until the one rounding at the end, to nearest even. Of e4m3 and int8 rows the scale
-// is their largest magnitude / 448 or / 127. Heads below 2^-100 are stored as zeros, with scale 1;
-// where a value is not finite the scale is NaN. Waits for nothing.
+// All in float32 until the one rounding at the end, to nearest even. Rows of e4m3 and int8 have as
+// their scale the largest magnitude / 448 or / 127. Heads below 2^-100 are stored as zeros, with
+// scale 1; where a value is not finite the scale is NaN. Waits for nothing.
 void store_kv(const StoreKv& call, cudaStream_t stream);
 
 }  // namespace camelid::cuda

@@ -80,6 +80,7 @@ void launch_stream(const char* name, void (*kernel)(Parameters...), bool togethe
   how.shared_bytes = kStreamHeaderBytes<Header> + Shape::kBytes;
   how.stream = stream;
   how.together = together;
+  how.overlaps = !together;
   const int fit = blocks_that_fit(kernel, how.threads, how.shared_bytes) * multiprocessors();
   if (fit == 0) {
     fail(ErrorCode::kUnsupported, "[cuda] ", name, ": this GPU has no room for ", how.shared_bytes,

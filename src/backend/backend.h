@@ -65,6 +65,8 @@ struct KvPlan {
 
 // One step, built once and used by all its layers. Rows are the step's tokens.
 struct StepPlan {
+  // All calls of the step depend on how many tokens and rows there are, and on nothing else.
+  bool repeatable = false;
   std::span<const std::int32_t> tokens;  // [n_tokens]
   std::span<const std::int32_t> rows;    // what select_rows() selects
   KvPlan local;
@@ -123,7 +125,10 @@ class Backend {
   // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
   virtual void prepare(Experts& experts) = 0;
 
-  virtual void begin(const StepPlan& plan) = 0;           // plan outlives the step
+  // Starts a step; `plan` outlives it. False where the calls up to end() need not be made: they were
+  // recorded at an earlier step of the same kind, and end() makes them again.
+  virtual bool begin(const StepPlan& plan) = 0;
+  virtual void end() = 0;
   virtual void embed(Tensor y, const Matrix& table) = 0;  // of the plan's tokens
   virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
   virtual void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,

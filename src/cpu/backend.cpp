@@ -74,7 +74,11 @@ class CpuBackend final : public Backend {
 
   void prepare(Experts&) override {}
 
-  void begin(const StepPlan& plan) override { plan_ = &plan; }
+  bool begin(const StepPlan& plan) override {
+    plan_ = &plan;
+    return true;
+  }
+  void end() override {}
   void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;

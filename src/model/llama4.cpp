@@ -31,12 +31,21 @@ Llama4::Llama4(Backend& backend, const ModelConfig& config, const Weights& weigh
 
 void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> features, float* logits) {
   const auto n_tokens = static_cast<std::int64_t>(plan.tokens.size());
-  const Tensor x = rows_of(hidden_, n_tokens, config_.dim, Role::kSum);
-  const Tensor h = rows_of(normed_, n_tokens, config_.dim, Role::kOperand);
-  const Tensor qkv = rows_of(qkv_, n_tokens, config_.qkv_dim(), Role::kSum);
-  const Tensor a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim, Role::kOperand);
+  const auto n_rows = static_cast<std::int64_t>(plan.rows.size());
+  Rows rows;
+  rows.x = rows_of(hidden_, n_tokens, config_.dim, Role::kSum);
+  rows.h = rows_of(normed_, n_tokens, config_.dim, Role::kOperand);
+  rows.qkv = rows_of(qkv_, n_tokens, config_.qkv_dim(), Role::kSum);
+  rows.a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim, Role::kOperand);
+  rows.last = rows_of(last_, n_rows, config_.dim, Role::kSum);
+  rows.logits = rows_of(logits_, n_rows, config_.vocab_size, Role::kSum);
+  if (backend_.begin(plan)) run(rows, features);
+  backend_.end();
+  if (n_rows > 0) backend_.download(logits, rows.logits);
+}
 
-  backend_.begin(plan);
+void Llama4::run(const Rows& rows, std::span<const EmbeddingRun> features) {
+  const Tensor x = rows.x, h = rows.h;
   backend_.embed(x, weights_.embedding());
   for (const EmbeddingRun& run : features) {
     backend_.upload_rows(slice(x, run.first_row, run.n_rows, backend_.element_bytes(x.role)),
@@ -46,10 +55,10 @@ void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> feature
     const LayerWeights& layer = weights_.layers()[i];
 
     backend_.norm(h, x, layer.input_norm, config_.rms_norm_eps);
-    backend_.matmul(qkv, h, *layer.qkv);
-    backend_.store_kv(qkv, attention_[i]);
-    backend_.attend(a, qkv, attention_[i]);
-    backend_.matmul_add(x, a, *layer.o);
+    backend_.matmul(rows.qkv, h, *layer.qkv);
+    backend_.store_kv(rows.qkv, attention_[i]);
+    backend_.attend(rows.a, rows.qkv, attention_[i]);
+    backend_.matmul_add(x, rows.a, *layer.o);
 
     backend_.norm(h, x, layer.post_norm, config_.rms_norm_eps);
     if (layer.experts) {
@@ -58,17 +67,13 @@ void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> feature
       backend_.mlp(x, h, *layer.dense);
     }
   }
-  if (plan.rows.empty()) return;
+  if (rows.last.n_rows == 0) return;
 
   // The head is the largest matrix: only rows somebody asked for go through it.
-  const auto n_rows = static_cast<std::int64_t>(plan.rows.size());
-  const Tensor last = rows_of(last_, n_rows, config_.dim, Role::kSum);
-  const Tensor normed = rows_of(normed_, n_rows, config_.dim, Role::kOperand);
-  const Tensor out = rows_of(logits_, n_rows, config_.vocab_size, Role::kSum);
-  backend_.select_rows(last, x);
-  backend_.norm(normed, last, weights_.final_norm(), config_.rms_norm_eps);
-  backend_.matmul(out, normed, weights_.head());
-  backend_.download(logits, out);
+  const Tensor normed = slice(h, 0, rows.last.n_rows, 0);
+  backend_.select_rows(rows.last, x);
+  backend_.norm(normed, rows.last, weights_.final_norm(), config_.rms_norm_eps);
+  backend_.matmul(rows.logits, normed, weights_.head());
 }
 
 std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {

@@ -29,6 +29,12 @@ class Llama4 {
   std::size_t workspace_bytes(std::int64_t n_tokens) const;
 
  private:
+  // The activations of one step.
+  struct Rows {
+    Tensor x, h, qkv, a;  // of its tokens: hidden, normed, projected, attended
+    Tensor last, logits;  // of its plan's rows
+  };
+  void run(const Rows& rows, std::span<const EmbeddingRun> features);
   Tensor rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim, Role role);
 
   Backend& backend_;

@@ -265,7 +265,7 @@ void VisionTower::run_layer(const Rows& rows, const Layer& layer) {
 }
 
 // Squares of patches side by side, the adapter's MLP with GELU after both maps, the projector.
-void VisionTower::adapt(const Rows& rows, float* out) {
+void VisionTower::adapt(const Rows& rows) {
   const VisionConfig& c = config_;
   backend_.layer_norm(rows.x, rows.x, norm_post_.gain, norm_post_.bias, kNormEps);
   // The parts of a square, one after the other: as many rows of the patches' width.
@@ -275,7 +275,6 @@ void VisionTower::adapt(const Rows& rows, float* out) {
   backend_.matmul(rows.second, rows.first, *adapter_fc2_);
   backend_.gelu(rows.second);
   backend_.matmul(rows.projected, rows.second, *projector_);
-  backend_.download(out, rows.projected);
 }
 
 void VisionTower::encode(std::span<const float> pixels, float* out) {
@@ -287,7 +286,9 @@ void VisionTower::encode(std::span<const float> pixels, float* out) {
     backend_.begin(plan_);
     embed(rows, pixels.data() + at);
     for (const Layer& layer : layers_) run_layer(rows, layer);
-    adapt(rows, out);
+    adapt(rows);
+    backend_.end();
+    backend_.download(out, rows.projected);
     out += config_.tokens_per_tile() * text_dim_;
   }
 }

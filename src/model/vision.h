@@ -86,7 +86,7 @@ class VisionTower {
   Rows place_rows();
   void embed(const Rows& rows, const float* pixels);
   void run_layer(const Rows& rows, const Layer& layer);
-  void adapt(const Rows& rows, float* out);
+  void adapt(const Rows& rows);
 
   Backend& backend_;
   VisionConfig config_;

@@ -56,6 +56,7 @@ void StepRunner::run_wave(Wave wave, KvCache& cache) {
   StepPlan plan;
   plan.tokens = wave.tokens;
   plan.rows = wave.rows;
+  plan.repeatable = wave.features.empty();
   plan.query_scale = std::move(wave.query_scale);
   cache.plan(wave.slices, plan);
   logits_.resize(wave.rows.size() * static_cast<std::size_t>(config_.vocab_size));

@@ -3,6 +3,7 @@
 #include "layout/e4m3.h"
 #include "ops/rows.h"
 #include "ops/store_kv.h"
+#include "ops/top_logits.h"
 
 using namespace camelid::cuda;
 
@@ -122,6 +123,20 @@ void case_from_e4m3(float* values) {
 }
 void case_to_e4m3(const float* values, std::uint8_t* codes, int n) {
   for (int i = 0; i < n; ++i) codes[i] = static_cast<std::uint8_t>(to_e4m3(values[i]));
+}
+
+// ---- the best logits ----
+
+std::int64_t case_top_logits_bytes(int n_rows, int vocab) {
+  return static_cast<std::int64_t>(top_logits_scratch_bytes(n_rows, vocab));
+}
+
+int case_top_logits(void* out, const float* logits, std::int64_t stride, int n_rows, int vocab,
+                    std::byte* scratch, unsigned* counters) {
+  return caught([&] {
+    top_logits(static_cast<TopLogits*>(out), logits, stride, n_rows, vocab, scratch, counters,
+               stream);
+  });
 }
 
 }  // extern "C"

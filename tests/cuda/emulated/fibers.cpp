@@ -58,6 +58,8 @@ struct Machine {
 
   std::deque<std::function<void()>> work;  // of the stream, which waits
   std::int64_t n_done = 0;                 // of all that was submitted
+  bool recording = false;
+  Record record;
 
   Stacks stacks;
   std::map<const std::byte*, GuardedBytes> allocations;
@@ -336,10 +338,23 @@ void run(const Grid& what, void (*thread)(const void* call), const void* call) {
 // ---- the stream ----
 
 void submit(std::function<void()> work, bool may_wait) {
+  if (machine.recording) {
+    machine.record.emplace_back(std::move(work), may_wait);
+    return;
+  }
   const auto copies = static_cast<Copies>(machine.seed % 3);
   const bool waits = copies == Copies::kLate || (copies == Copies::kRandom && below(2) == 0);
   machine.work.push_back(std::move(work));
   if (machine.work.size() == 1 && !(may_wait && waits)) finish_work(n_submitted());
+}
+
+void start_recording() { machine.recording = true; }
+Record finish_recording() {
+  machine.recording = false;
+  return std::exchange(machine.record, {});
+}
+void replay(const Record& record) {
+  for (const auto& [work, may_wait] : record) submit(work, may_wait);
 }
 
 std::int64_t n_submitted() {

@@ -8,6 +8,7 @@
 #include <map>
 #include <source_location>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "context.h"
@@ -133,6 +134,12 @@ void run(const Grid& grid, void (*thread)(const void* call), const void* call);
 // that `may_wait` does so as the seed says, and what comes after it waits with it.
 void submit(std::function<void()> work, bool may_wait);
 std::int64_t n_submitted();
+
+// Between the two, work is not done but written down, in order; replay() does it once more.
+using Record = std::vector<std::pair<std::function<void()>, bool>>;
+void start_recording();
+Record finish_recording();
+void replay(const Record& record);
 void finish_work(std::int64_t n);  // the first n that were ever submitted
 
 // Waits until all threads of the warp (or of the block) that did not end are here. With an act, all

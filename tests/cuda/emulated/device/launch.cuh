@@ -149,6 +149,7 @@ struct Launch {
   std::size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
   bool together = false;
+  bool overlaps = false;  // one kernel after the other, here
 };
 
 namespace emulated {

@@ -2,7 +2,9 @@
 // at once or when it is waited for; machine.h decides.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -23,7 +25,10 @@ struct FreePinned {
 using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
 using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
 
+inline std::atomic<std::uint64_t> n_allocations{0};
+
 inline DeviceMemory allocate_device(std::size_t bytes) {
+  ++n_allocations;
   return DeviceMemory(static_cast<std::byte*>(device_alloc(bytes)));
 }
 inline PinnedMemory allocate_pinned(std::size_t bytes) {
