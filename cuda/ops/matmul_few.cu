@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
 WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens) {
   const int n_tiles = tokens_at_once(shape, n_tokens) / kTokenTile;
   return {stream_sum_bytes(n_tiles),
-          static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps))};
+          static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps)) + 1};
 }
 
 void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream) {
@@ -54,7 +54,7 @@ void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t 
   const int at_once = tokens_at_once(call.w.shape, call.n_tokens);
   const WorkspaceNeed need = matmul_few_needs(call.w.shape, call.n_tokens);
   check_workspace(kName, workspace, need);
-  const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters};
+  const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters + 1};
   const std::size_t y_row =
       static_cast<std::size_t>(call.y_stride) *
       (call.output == Output::kStoreBf16 || call.output == Output::kSwiGlu ? sizeof(std::uint16_t)

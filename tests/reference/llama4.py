@@ -131,9 +131,7 @@ def rotate(x: Array, angles: Array) -> Array:
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 
 
-def attention(
-    config: Config, weights: Tensors, layer: int, h: Array, numerics: Numerics
-) -> Array:
+def attention(config: Config, weights: Tensors, layer: int, h: Array, numerics: Numerics) -> Array:
     """Attend over h [n_tokens, dim] and project back."""
     base = f"model.layers.{layer}.self_attn"
     n, head_dim = len(h), config["head_dim"]
@@ -143,7 +141,9 @@ def attention(
         for name in "qkv"
     )
     if is_rope_layer(config, layer):
-        angles = position[:, None] * rope_frequencies(config)
+        chunk = config["attention_chunk_size"] if is_chunked_layer(config, layer) else None
+        turns = numerics.rotated_as(position, chunk)
+        angles = turns[:, None] * rope_frequencies(config)
         q, k = rotate(q, angles), rotate(k, angles)
         if config["use_qk_norm"]:
             q, k = (rms_norm(part, config["rms_norm_eps"]) for part in (q, k))

@@ -37,6 +37,10 @@ class Numerics:
         """Return activations as products take them."""
         return x
 
+    def rotated_as(self, position: NDArray[Any], chunk: int | None) -> NDArray[Any]:
+        """Return the positions that queries and keys are turned by."""
+        return position
+
     def stored(self, x: Array) -> tuple[Array, Array]:
         """Return what the KV cache keeps of heads [.., head_dim]: numbers, and scales [.., 1]."""
         return x, np.ones((*x.shape[:-1], 1))
@@ -75,6 +79,10 @@ class Bf16(Numerics):
 
     def operand(self, x: Array) -> Array:
         return bf16(x)
+
+    def rotated_as(self, position: NDArray[Any], chunk: int | None) -> NDArray[Any]:
+        # The same scores, of other numbers to be rounded.
+        return position if chunk is None else position % chunk
 
     def stored(self, x: Array) -> tuple[Array, Array]:
         if self.kv == "bf16":
