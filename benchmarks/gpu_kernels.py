@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
-import re
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +92,8 @@ def torch_tflop_s(n: int) -> float | None:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
+    del a, b
+    torch.cuda.empty_cache()  # others want it
     return 2 * n**3 / median(times[3:]) / 1e9
 
 
@@ -236,7 +235,14 @@ def kernel_table(record: dict[str, Any]) -> str:
     return records.table(lines)
 
 
-def markdown(record: dict[str, Any]) -> str:
+NOTE = (
+    "runs of a graph of calls in a row, each on another copy of its weights, which together pass "
+    "L2 twice. The limit is the larger of bytes over the read bandwidth and products over the bf16 "
+    "peak. Weights are random; experts are those that random tokens choose."
+)
+
+
+def markdown(record: dict[str, Any], note: str) -> str:
     """Return the report."""
     machine, peaks = record["machine"], record["peaks"]
     return "\n".join(
@@ -250,10 +256,7 @@ def markdown(record: dict[str, Any]) -> str:
             "",
             kernel_table(record),
             "",
-            f"Medians of {len(record['rows'][0]['us'])} runs of a graph of calls in a row, each on "
-            "another copy of its weights, which together pass L2 twice. The limit is the larger "
-            "of bytes over the read bandwidth and products over the bf16 peak. Weights are random; "
-            "experts are those that random tokens choose.",
+            f"Medians of {len(record['rows'][0]['us'])} {note}",
         ]
     )
 
@@ -267,31 +270,30 @@ def measure(gpu: Gpu, model: Model) -> dict[str, Any]:
         for row in family(gpu, model, machine["l2_bytes"]):
             print(f"[gpu_kernels] {row.name}, {row.n_tokens} tokens: {median(row.us):.2f} us")
             rows.append(asdict(row))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {
-        "benchmark": "gpu_kernels",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "version": project["version"],
-        "machine": machine,
-        "peaks": peaks,
-        "rows": rows,
-    }
+    return records.gpu_head("gpu_kernels", machine) | {"peaks": peaks, "rows": rows}
 
 
-def main(argv: list[str] | None = None, gpu: Gpu | None = None, model: Model | None = None) -> None:
+def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", type=Path, required=True, help="what tools/gpu_check built")
     parser.add_argument("--note", default="", help="part of the result's name")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
-    args = parser.parse_args(argv)
-    record = measure(gpu or Gpu(args.library), model or Model())
+    return parser.parse_args(argv)
+
+
+def publish(record: dict[str, Any], note: str, args: argparse.Namespace) -> None:
+    """Print the table, and write the result."""
     print(kernel_table(record))
-    name = re.sub(r"[^a-z0-9]+", "-", record["machine"]["gpu"].lower()).strip("-")
-    note = "-".join(filter(None, (name, args.note)))
-    path = records.write(record, markdown(record), args.out, note)
-    print(f"[gpu_kernels] wrote {path}.json and .md")
+    name = "-".join(filter(None, (records.slug(record["machine"]["gpu"]), args.note)))
+    path = records.write(record, markdown(record, note), args.out, name)
+    print(f"[{record['benchmark']}] wrote {path}.json and .md")
+
+
+def main(argv: list[str] | None = None, gpu: Gpu | None = None, model: Model | None = None) -> None:
+    args = parse(argv, __doc__)
+    publish(measure(gpu or Gpu(args.library), model or Model()), NOTE, args)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def arguments(description: str | None, argv: list[str] | None) -> argparse.Namespace:
@@ -41,6 +44,22 @@ def head(benchmark: str, threads: int) -> dict[str, Any]:
         "version": camelid.__version__,
         "machine": machine.identify(threads),
     }
+
+
+def gpu_head(benchmark: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return what a record of a GPU begins with; needs no camelid."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "version": project["version"],
+        "machine": machine,
+    }
+
+
+def slug(name: str) -> str:
+    """Return what of a name may stand in a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def table(lines: list[list[str]]) -> str:

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "backend/cuda.h"
 #include "base/arena.h"
@@ -38,7 +39,8 @@ std::unique_ptr<Engine> make_engine(const py::object& config, const std::string&
                                     int threads, const std::string& weights,
                                     const std::string& kv_cache, bool fast, bool int8_head,
                                     std::size_t memory_bytes, std::int64_t page_size,
-                                    std::int64_t max_step_tokens, const OnPacked& on_packed) {
+                                    std::int64_t max_step_tokens, const OnPacked& on_packed,
+                                    bool timed) {
   EngineOptions options;
   options.backend = {device, threads, fast};
   options.int8_head = int8_head;
@@ -48,6 +50,7 @@ std::unique_ptr<Engine> make_engine(const py::object& config, const std::string&
   options.page_size = page_size;
   options.max_step_tokens = max_step_tokens;
   options.on_packed = on_packed;
+  options.timed = timed;
   return std::make_unique<Engine>(to_config(config), options);
 }
 
@@ -160,6 +163,20 @@ PyStepResult step(Engine& engine, const py::array_t<std::int64_t, py::array::c_s
   return {std::move(result.sampled), std::move(logits)};
 }
 
+void start_timeline(Engine& engine, const std::string& grain) {
+  if (grain != "calls" && grain != "steps")
+    fail(ErrorCode::kInvalidRequest, "[timeline] grain=\"", grain, "\", expected calls or steps.");
+  const py::gil_scoped_release release;
+  engine.start_timeline(grain == "calls" ? Grain::kCalls : Grain::kSteps);
+}
+
+std::vector<std::pair<std::string, double>> stop_timeline(Engine& engine) {
+  const py::gil_scoped_release release;
+  std::vector<std::pair<std::string, double>> calls;
+  for (TimedCall& call : engine.stop_timeline()) calls.emplace_back(std::move(call.name), call.us);
+  return calls;
+}
+
 py::dict memory(const Engine& engine) {
   const MemoryReport report = engine.memory();
   py::dict out;
@@ -253,7 +270,7 @@ void bind_engine(py::module_& m) {
            py::arg("threads") = 0, py::arg("weights") = "auto", py::arg("kv_cache") = "f32",
            py::arg("fast") = false, py::arg("int8_head") = false, py::arg("memory_bytes") = 0,
            py::arg("page_size") = 64, py::arg("max_step_tokens") = 512,
-           py::arg("on_packed") = OnPacked{})
+           py::arg("on_packed") = OnPacked{}, py::arg("timed") = false)
       .def("load_embedding", &load_embedding, py::arg("source"))
       .def("load_layer", &load_layer, py::arg("sources"))
       .def("load_head", &load_head, py::arg("final_norm"), py::arg("head"))
@@ -271,6 +288,8 @@ void bind_engine(py::module_& m) {
       .def("memory", &memory)
       .def("describe", &Engine::describe)
       .def("available_bytes", &Engine::available_bytes)
+      .def("start_timeline", &start_timeline, py::arg("grain"))
+      .def("stop_timeline", &stop_timeline)
       .def("check_invariants", &Engine::check_invariants, Release());
   m.def("quantize", &quantize, py::arg("source"), py::arg("bits"), py::arg("group_size"),
         py::arg("threads") = 0);

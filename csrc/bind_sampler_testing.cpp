@@ -20,9 +20,21 @@ void bind_sampler_testing(py::module_& testing) {
            [](Sampler& sampler, const std::vector<std::int32_t>& tokens) {
              sampler.observe_prompt(tokens);
            })
-      .def("sample", [](Sampler& sampler, const Logits& logits) {
-        return sampler.sample({logits.data(), static_cast<std::size_t>(logits.size())});
-      });
+      .def("sample",
+           [](Sampler& sampler, const Logits& logits) {
+             return sampler.sample({logits.data(), static_cast<std::size_t>(logits.size())});
+           })
+      // From the best logits alone; None where they do not decide.
+      .def("sample_top",
+           [](Sampler& sampler, const Logits& best, const std::vector<std::int32_t>& tokens,
+              double sum, double scaled_sum, std::int32_t not_finite) {
+             const TopLogits top{{best.data(), static_cast<std::size_t>(best.size())},
+                                 tokens,
+                                 sum,
+                                 scaled_sum,
+                                 not_finite};
+             return sampler.sample(top);
+           });
 }
 
 }  // namespace camelid

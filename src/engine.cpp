@@ -6,14 +6,23 @@
 #include "base/error.h"
 
 namespace camelid {
+namespace {
+
+std::unique_ptr<Backend> choose_backend(const EngineOptions& options) {
+  std::unique_ptr<Backend> backend = make_backend(options.backend);
+  if (options.timed) backend = std::make_unique<TimedBackend>(std::move(backend));
+  return backend;
+}
+
+}  // namespace
 
 Engine::Engine(ModelConfig config, const EngineOptions& options)
     : config_((config.check(), std::move(config))),
       options_(options),
-      backend_(make_backend(options.backend)),
+      backend_(choose_backend(options)),
       weights_(*backend_, config_, {options.weights, options.int8_head}, options.on_packed),
       model_(*backend_, config_, weights_),
-      runner_(config_, model_) {
+      runner_(config_, model_, *backend_) {
   if (config_.vision) {
     const KvType kv_type = options_.backend.fast ? KvType::kBf16 : backend_->widest_kv();
     vision_ = std::make_unique<VisionTower>(*backend_, *config_.vision, config_.dim, kv_type);
@@ -113,6 +122,25 @@ MemoryReport Engine::memory() const {
   const std::lock_guard lock(mutex_);
   return {weight_bytes(), workspace_bytes(), cache().limit_bytes(), cache().used_bytes(),
           cache().page_size()};
+}
+
+TimedBackend& Engine::timed() const {
+  auto* timed = dynamic_cast<TimedBackend*>(backend_.get());
+  if (timed == nullptr) {
+    fail(ErrorCode::kInvalidRequest,
+         "[timeline] this engine has no clock; make it with timed=True.");
+  }
+  return *timed;
+}
+
+void Engine::start_timeline(Grain grain) {
+  const std::lock_guard lock(mutex_);
+  timed().start(grain);
+}
+
+std::vector<TimedCall> Engine::stop_timeline() {
+  const std::lock_guard lock(mutex_);
+  return timed().stop();
 }
 
 void Engine::check_invariants() const {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/timed.h"
 #include "base/fair_mutex.h"
 #include "kv/cache.h"
 #include "model/config.h"
@@ -33,6 +34,7 @@ struct EngineOptions {
   std::int64_t page_size = 64;   // tokens
   std::size_t memory_bytes = 0;  // weights, KV pages and workspace together; 0: what is available
   std::int64_t max_step_tokens = 512;  // the workspace reserve; larger steps take more
+  bool timed = false;                  // start_timeline() may be called
 };
 
 struct MemoryReport {
@@ -64,6 +66,11 @@ class Engine {
   // pixels: [n_tiles, channels, image_size, image_size]; returns [n_tiles, tokens_per_tile, dim].
   std::vector<float> encode_image(std::span<const float> pixels);
 
+  // Measures the device's part of all steps until stop_timeline(). Throws kInvalidRequest unless
+  // the options said `timed`.
+  void start_timeline(Grain grain);
+  std::vector<TimedCall> stop_timeline();
+
   std::size_t kv_bytes_for(std::int64_t n_tokens) const { return cache().bytes_for(n_tokens); }
   std::int64_t kv_tokens_in(std::size_t bytes) const { return cache().tokens_in(bytes); }
   MemoryReport memory() const;
@@ -75,6 +82,7 @@ class Engine {
  private:
   KvCache& cache() const;
   VisionTower& tower() const;
+  TimedBackend& timed() const;
   std::size_t weight_bytes() const;
   std::size_t workspace_bytes() const;
 

@@ -29,7 +29,7 @@ CASES = (
     "tests/cuda/attention_many_case.cu",
 )
 # What of cuda/sm90/ the emulated device can run: all but CUTLASS.
-HOPPER = ("cuda/sm90/grouped.cu",)
+HOPPER = ("cuda/sm90/grouped.cu", "cuda/sm90/attention_many.cu")
 
 
 class DeviceError(Exception):

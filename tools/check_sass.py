@@ -44,12 +44,16 @@ MEANT = {
     "run_matmul_few": _STREAM,
     "run_experts_few": _STREAM,
     "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
+    "run_attention_few": _STREAM[:2],
+    "run_attention_few.*KvFormatE0": (_STREAM[2], r"LDSM\.16\.MT88\.4"),  # bf16
     r"4cuda\d\d_GLOBAL_.*grouped_many_kernel": _STREAM[:2],
     r"4cuda4sm90.*grouped_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
     "norm_kernel": (r"LDG\.E\.128", r"STG\.E\.(128|64)"),
     r"each_kernel.*Copy": (r"LDG\.E\.128", r"STG\.E\.128"),
     "store_kv_kernel": (r"LDG\.E\.128", r"STG\.E\.64"),
     "top_logits_kernel": (r"LDG\.E\.128", r"ATOMS\.POPC\.INC"),
+    r"4cuda\d\d_GLOBAL_.*attend_many_kernel": (*_STREAM, r"LDSM\.16\.MT88\.4"),
+    r"4cuda4sm90.*attend_many_kernel": (r"HGMMA\.64x128x16\.F32\.BF16", _STREAM[1]),
     "cutlass13device_kernel": (r"[HQ]GMMA\.64x", r"UTMALDG"),
 }
 LOCAL_MEMORY = r"(LDL|STL)(\.|$)"

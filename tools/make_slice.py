@@ -31,6 +31,7 @@ from camelid.config import ModelConfig, parse_config
 from camelid.errors import Error as CamelidError
 from camelid.layout import Linear
 from camelid.safetensors import SafetensorsWriter, TensorSpec
+from shapes import SHAPES
 
 GROUP_SIZE = 128
 PIECE_VALUES = 1 << 23  # of a tensor at once: some 40 MB on the way to a file
@@ -38,33 +39,6 @@ PIECE_VALUES = 1 << 23  # of a tensor at once: some 40 MB on the way to a file
 # mean square of a normed input, and logits are about 1.3: finite after any number of layers.
 BODY_SCALE, EMBEDDING_SCALE, HEAD_SCALE, ROUTER_SCALE = 2.0**-9, 2.0**-7, 2.0**-12, 2.0**-6
 
-SCOUT: dict[str, Any] = {
-    "architectures": ["Llama4ForCausalLM"],
-    "model_type": "llama4_text",
-    "hidden_size": 5120,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "intermediate_size_mlp": 16384,
-    "num_local_experts": 16,
-    "num_experts_per_tok": 1,
-    "interleave_moe_layer_step": 1,
-    "use_qk_norm": True,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "attention_chunk_size": 8192,
-    "max_position_embeddings": 1048576,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-MAVERICK = SCOUT | {
-    "num_local_experts": 128,
-    "interleave_moe_layer_step": 2,
-    "use_qk_norm": False,
-}
-SHAPES = {"scout": SCOUT, "maverick": MAVERICK}
 QUANTIZATION = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",

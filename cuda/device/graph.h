@@ -27,6 +27,12 @@ class Graph {
   static void record(cudaStream_t stream) {
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "record");
   }
+  // After a call that failed: nothing of what was recorded is kept.
+  static void abandon(cudaStream_t stream) {
+    cudaGraph_t recorded = nullptr;
+    if (cudaStreamEndCapture(stream, &recorded) == cudaSuccess) cudaGraphDestroy(recorded);
+    cudaGetLastError();  // not sticky
+  }
   static Graph finish(cudaStream_t stream) {
     cudaGraph_t recorded = nullptr;
     check(cudaStreamEndCapture(stream, &recorded), "record");

@@ -28,6 +28,7 @@ __device__ __forceinline__ void expand_bytes(std::uint32_t word, std::uint32_t& 
   } else {
     // The 4 bits of an e4m3's exponent and the 3 of its mantissa, 4 bits to the right of where they
     // stand in the upper byte, are a bf16 too small by 2^(127 - 7); a subnormal one becomes one.
+    // NaN becomes 480: a row that had one says so by its scale.
     constexpr std::uint32_t kUp120 = 0x7b807b80u, kSign = 0x80008000u, kRest = 0x07f007f0u;
     even = multiply_bf16x2(mask_or(word << 4, kRest, word << 8 & kSign), kUp120);
     odd = multiply_bf16x2(mask_or(word >> 4, kRest, word & kSign), kUp120);
@@ -48,12 +49,13 @@ struct KvRows {
   //   Bytes: 8 lanes at a time read pieces 4i to 4i + 3 of rows 2r and 2r + 1 of keys, or pieces 2i
   //   and 2i + 1 of rows 0, 2, 4, 6 or 1, 3, 5, 7 of values. Rows of 64 bytes lie side by side.
   __device__ static constexpr int place(int row, int piece) {
-    if constexpr (!kBytes) {
-      return row * kRowBytes + (piece ^ (row & 7)) * 16;
-    } else {
-      const int swizzled = piece ^ (row & 6) ^ ((row & 1) << 2);
-      return kDim == 64 ? row / 2 * 128 + swizzled * 16 : row * kRowBytes + swizzled * 16;
-    }
+    const int start = kBytes && kDim == 64 ? row / 2 * 128 : row * kRowBytes;
+    return start + (piece ^ flipped(row)) * 16;
+  }
+  // From the address of a piece of row r to that of row r + row, which have no bit in common; a row
+  // that is even where two lie side by side.
+  __device__ static constexpr unsigned further(unsigned at, int row) {
+    return (at ^ static_cast<unsigned>(flipped(row) * 16)) + static_cast<unsigned>(row * kRowBytes);
   }
   // The same of queries, bf16 whatever the format.
   __device__ static constexpr int query_place(int row, int piece) {
@@ -169,6 +171,11 @@ struct KvRows {
   }
 
  private:
+  // Which bits of a piece's number are flipped in a row.
+  __device__ static constexpr int flipped(int row) {
+    return kBytes ? (row & 6) ^ ((row & 1) << 2) : row & 7;
+  }
+
   template <class F>
   __device__ __forceinline__ static void key_step(int step, std::uint32_t low, std::uint32_t high,
                                                   const F& f) {

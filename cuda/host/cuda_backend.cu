@@ -4,8 +4,11 @@
 #include <utility>
 
 #include "base/error.h"
+#include "host/stream_clock.h"
 #include "ops/attention.h"
 #include "ops/store_kv.h"
+#include "ops/top_logits.h"
+#include "sm90/attention_many.h"
 
 namespace camelid::cuda {
 namespace {
@@ -32,7 +35,7 @@ CudaBackend::CudaBackend(int ordinal, int n_threads)
       uploader_(gpu_.stream),
       products_(gpu_),
       feed_forward_(gpu_, products_),
-      step_(gpu_.stream) {}
+      step_(gpu_) {}
 
 std::size_t CudaBackend::element_bytes(Role role) const {
   return role == Role::kSum ? sizeof(float) : sizeof(std::uint16_t);
@@ -133,14 +136,20 @@ void CudaBackend::prepare(Experts& experts) {
   feed_forward_.prepare(experts, uploader_);
 }
 
+std::unique_ptr<Clock> CudaBackend::make_clock() {
+  use();
+  return std::make_unique<StreamClock>(gpu_.stream);
+}
+
 // ---- a step ----
 
 // A step of decoding is recorded at its second time: the first has taken what memory it needs. Any
 // memory taken later may have moved what a recording points to.
 bool CudaBackend::begin(const StepPlan& plan) {
   use();
-  if (std::exchange(recording_, false)) Graph::finish(gpu_.stream);  // a call in it failed
+  if (std::exchange(recording_, false)) Graph::abandon(gpu_.stream);
   step_.set(plan);
+  if (!plan.sampling_scale.empty()) top_rows_ = step_.n_rows();
   const KindArrays &local = step_.kind(true), &global = step_.kind(false);
   step_kind_ = nullptr;
   if (!plan.repeatable || local.n_many > 0 || global.n_many > 0) return true;
@@ -243,7 +252,8 @@ void CudaBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   }
   if (kind.n_many > 0) {
     call.items = kind.many;
-    attend_many(call, kind.n_many, gpu_.multiprocessors, gpu_.stream);
+    const auto attend = kind.hopper_many ? sm90::attend_many : attend_many;
+    attend(call, kind.n_many, gpu_.multiprocessors, gpu_.stream);
   }
 }
 
@@ -267,6 +277,37 @@ void CudaBackend::upload_rows(Tensor y, const float* rows) {
   }
   const Tensor staged{to, y.n_rows, y.dim, y.dim, Role::kSum};
   copy_rows(rows_of(y), rows_of(staged), nullptr, gpu_.stream);
+}
+
+void CudaBackend::find_top(Tensor logits) {
+  const auto vocab = static_cast<std::int32_t>(logits.dim);
+  const auto n_rows = static_cast<std::size_t>(logits.n_rows);
+  const std::size_t bytes = n_rows * sizeof(TopLogits);
+  auto* found = reinterpret_cast<TopLogits*>(top_.at_least(bytes));
+  std::byte* scratch = top_scratch_.at_least(top_logits_scratch_bytes(top_rows_, vocab));
+  auto* counters = reinterpret_cast<unsigned*>(
+      top_counters_.at_least_zeroed(n_rows * sizeof(unsigned), gpu_.stream));
+  top_logits(found, static_cast<const float*>(logits.data), logits.row_stride,
+             step_.sampling_scale(), top_rows_, vocab, scratch, counters, gpu_.stream);
+}
+
+std::vector<camelid::TopLogits> CudaBackend::top() {
+  use();
+  if (top_capacity_ < top_rows_) {
+    top_capacity_ = top_rows_;
+    top_on_host_ = allocate_pinned(static_cast<std::size_t>(top_capacity_) * sizeof(TopLogits));
+  }
+  const std::size_t bytes = static_cast<std::size_t>(top_rows_) * sizeof(TopLogits);
+  copy_to_host(top_on_host_.get(), top_.get(), bytes, gpu_.stream);
+  finish(gpu_.stream);
+  const auto* found = reinterpret_cast<const TopLogits*>(top_on_host_.get());
+  std::vector<camelid::TopLogits> result;
+  for (std::int32_t row = 0; row < top_rows_; ++row) {
+    const TopLogits& t = found[row];
+    const auto n = static_cast<std::size_t>(t.n);
+    result.push_back({{t.logits, n}, {t.tokens, n}, t.sum, t.scaled_sum, t.not_finite});
+  }
+  return result;
 }
 
 void CudaBackend::download(float* out, Tensor x) {

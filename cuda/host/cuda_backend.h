@@ -42,6 +42,7 @@ class CudaBackend final : public Backend {
                                std::span<const PackOptions> options, Stack kind) override;
   Buffer upload(std::span<const float> values) override;
   void prepare(Experts& experts) override;
+  std::unique_ptr<Clock> make_clock() override;
 
   bool begin(const StepPlan& plan) override;
   void end() override;
@@ -59,6 +60,9 @@ class CudaBackend final : public Backend {
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
+  bool finds_top() const override { return true; }
+  void find_top(Tensor logits) override;
+  std::vector<camelid::TopLogits> top() override;
 
  private:
   void use() const { use_gpu(ordinal_); }  // callers come from any thread
@@ -85,8 +89,12 @@ class CudaBackend final : public Backend {
   FeedForward feed_forward_;
   StepArrays step_;
   GrowingMemory q_, staged_rows_;  // queries between store_kv and attend; what upload_rows sends
+  GrowingMemory top_, top_scratch_, top_counters_;
+  std::int32_t top_rows_ = 0;  // of the last step that looked for them
   PinnedMemory downloaded_;
   std::size_t downloaded_bytes_ = 0;
+  PinnedMemory top_on_host_;
+  std::int32_t top_capacity_ = 0;                             // rows
   std::map<void*, std::weak_ptr<Reservation>> reservations_;  // by where they begin
   std::map<StepKind, Recorded> recorded_;
   Recorded* step_kind_ = nullptr;  // of the step under way, where it is repeatable

@@ -6,20 +6,12 @@
 
 #include "base/tensor.h"
 #include "device/growing.h"
+#include "host/gpu.h"
 #include "host/matrix.h"
 #include "ops/grouped.h"
 #include "ops/matmul_few.h"
 
 namespace camelid::cuda {
-
-// What of the GPU decides between kernels.
-struct Gpu {
-  int multiprocessors = 0;
-  int capability = 0;  // 90 for Hopper
-  cudaStream_t stream = nullptr;
-
-  bool is_hopper() const { return capability == 90; }
-};
 
 // From so many tokens on, tensor cores have more to do than memory: kernels for many take over.
 constexpr std::int64_t kMostFewTokens = 64;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "sm90/attention_many.h"
+
 namespace camelid::cuda {
 namespace {
 
@@ -63,10 +65,10 @@ void StepArrays::send() {
   std::byte* next = staged.memory.get();
   for (const Section& section : sections_) {
     std::memcpy(next, section.from, section.bytes);
-    copy_to_device(section.to->get(), next, section.bytes, stream_);
+    copy_to_device(section.to->get(), next, section.bytes, gpu_.stream);
     next += aligned(section.bytes);
   }
-  staged.sent.record(stream_);
+  staged.sent.record(gpu_.stream);
   sections_.clear();
 }
 
@@ -96,7 +98,9 @@ void StepArrays::describe(const KvPlan& plan, bool local) {
     }
   }
   const auto group = static_cast<int>(plan.n_heads / plan.pages.n_kv_heads);
-  plan_attention(memory.plan, memory.spans, group, plan.causal);
+  kind.hopper_many = gpu_.is_hopper() && sm90::attend_many_fits(kind.pool.shape);
+  plan_attention(memory.plan, memory.spans, group, plan.causal,
+                 kind.hopper_many ? sm90::kManyQueries : kManyQueries);
   memory.n_few = static_cast<std::int32_t>(memory.plan.few.size());
 
   kind.places = place<KvPlace>(memory.places, memory.places_at);
@@ -112,7 +116,7 @@ void StepArrays::describe(const KvPlan& plan, bool local) {
   const std::size_t n_counters = static_cast<std::size_t>(memory.plan.n_counters) *
                                  static_cast<std::size_t>(plan.pages.n_kv_heads);
   kind.counters = reinterpret_cast<unsigned*>(
-      memory.counters_at.at_least_zeroed(n_counters * sizeof(unsigned), stream_));
+      memory.counters_at.at_least_zeroed(n_counters * sizeof(unsigned), gpu_.stream));
 }
 
 void StepArrays::set(const StepPlan& plan) {
@@ -121,6 +125,8 @@ void StepArrays::set(const StepPlan& plan) {
   tokens_ = place<std::int32_t>(plan.tokens, tokens_at_);
   rows_ = place<std::int32_t>(plan.rows, rows_at_);
   query_scale_ = place<float>(plan.query_scale, query_scale_at_);
+  const bool samples = !plan.sampling_scale.empty();
+  sampling_scale_ = samples ? place<float>(plan.sampling_scale, sampling_scale_at_) : nullptr;
   describe(plan.local, true);
   describe(plan.global, false);
   send();

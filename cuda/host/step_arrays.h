@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "device/growing.h"
+#include "host/gpu.h"
 #include "layout/kv_page.h"
 #include "ops/attention_plan.h"
 
@@ -27,7 +28,8 @@ struct KindArrays {
   const std::int32_t* n_few = nullptr;
   std::int32_t few_count = 0;  // the same on the host
   const AttentionItem* many = nullptr;
-  std::int32_t n_many = 0;  // on the host
+  std::int32_t n_many = 0;   // on the host
+  bool hopper_many = false;  // for Hopper's attend_many
   float* partials = nullptr;
   unsigned* counters = nullptr;
 };
@@ -36,7 +38,7 @@ KvShape kv_shape(const KvPages& pages);  // throws kUnsupported
 
 class StepArrays {
  public:
-  explicit StepArrays(cudaStream_t stream) : stream_(stream) {}
+  explicit StepArrays(const Gpu& gpu) : gpu_(gpu) {}
 
   // Sends what `plan` says; it may be gone when this returns.
   void set(const StepPlan& plan);
@@ -46,6 +48,7 @@ class StepArrays {
   const std::int32_t* tokens() const { return tokens_; }
   const std::int32_t* rows() const { return rows_; }
   const float* query_scale() const { return query_scale_; }
+  const float* sampling_scale() const { return sampling_scale_; }  // null: 1
   const KindArrays& kind(bool local) const { return kinds_[local ? 1 : 0]; }
 
  private:
@@ -64,7 +67,7 @@ class StepArrays {
   const T* place(std::span<const T> values, GrowingMemory& to);
   void send();
 
-  cudaStream_t stream_;
+  Gpu gpu_;
   std::array<Staged, 2> staged_;
   unsigned turn_ = 0;
   std::vector<Section> sections_;
@@ -74,6 +77,7 @@ class StepArrays {
   const std::int32_t* tokens_ = nullptr;
   const std::int32_t* rows_ = nullptr;
   const float* query_scale_ = nullptr;
+  const float* sampling_scale_ = nullptr;
   std::array<KindArrays, 2> kinds_;
 
   struct KindMemory {
@@ -86,7 +90,7 @@ class StepArrays {
         counters_at;
   };
   std::array<KindMemory, 2> memories_;
-  GrowingMemory tokens_at_, rows_at_, query_scale_at_;
+  GrowingMemory tokens_at_, rows_at_, query_scale_at_, sampling_scale_at_;
 };
 
 }  // namespace camelid::cuda

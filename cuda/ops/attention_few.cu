@@ -1,12 +1,7 @@
 // Attention of few queries, at the rate at which keys and values can be read.
 //
-//   job     an item and a kv head; block b of a fixed grid takes job b, then one of every next row
-//           of jobs, so that neighbours run at the same time and every block has its share
-//   block   4 warps; of every 64 keys each warp takes 16, which lie in one page, for all 16 queries
-//   ring    [stage][warp][keys | values][16 rows], then [warp][keys | values][16 scales]
-//           A warp reads what its own lanes copied, so warps wait for one another only where jobs
-//           begin and end. Copies run ahead across jobs: while one ends the next is on its way.
-//   slots   [stage] of queries and items: a job begins in a stage of its own
+// A block of 4 warps works on a job: an item and a kv head. Of every 64 keys each warp takes 16,
+// which lie in one page, for all 16 queries (ops/attention_copies.cuh).
 //
 // Each warp has a maximum, a sum and an accumulator of its own (online softmax), which meet in
 // shared memory at the end of a job. Where keys of a tile are divided among jobs, partial results
@@ -14,286 +9,69 @@
 #include <cmath>
 #include <limits>
 
-#include "device/kv.cuh"
-#include "ops/attention.h"
+#include "ops/attention_copies.cuh"
 
 namespace camelid::cuda {
 namespace {
 
 constexpr const char* kName = "attention of few queries";
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kItemWords = sizeof(AttentionItem) / 4;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
-static_assert(kWarps * kStepTokens == kKeyTile);
-static_assert(sizeof(AttentionItem) == 48, "lanes read an item's words, copies 16 bytes of it");
-
-template <KvFormat kFormat, int kDimOf, int kStagesOf>
-struct FewShape {
-  using Rows = KvRows<kFormat, kDimOf>;
-  static constexpr int kDim = kDimOf;
-  static constexpr int kStages = kStagesOf;
-  static constexpr bool kScaled = kFormat != KvFormat::kBf16;
-  static constexpr int kSideBytes = kStepTokens * Rows::kRowBytes;  // keys or values of a warp
-  static constexpr int kScaleBytes = kScaled ? kStepTokens * 4 : 0;
-  static constexpr int kScalesAt = kWarps * 2 * kSideBytes;
-  static constexpr int kStageBytes = kScalesAt + kWarps * 2 * kScaleBytes;
-  static constexpr int kQueryBytes = kFewQueries * kDim * 2;
-  static constexpr int kQueriesAt = kStages * kStageBytes;
-  static constexpr int kHeaderAt = kQueriesAt + kStages * kQueryBytes;
-  static constexpr int kQuads = kDim / 16;            // float4s of a lane and half of its rows
-  static constexpr int kWarpQuads = kQuads / kWarps;  // those that a warp adds up for all
-  static_assert(kQuads * kWarp * 16 <= 2 * kSideBytes, "sums meet in the stage that is done");
-  static_assert(kStageBytes % 512 == 0, "KvRows flips address bits");
-  // Queries stay in registers for a whole job, where there is room for them.
-  static constexpr bool kKeepsQueries = kDim <= 128;
-  // A partial result: [half of the rows][quad][lane] float4, then [row] maximum and sum.
-  static constexpr int kPartStatsAt = kFewQueries * kDim;
-};
 
 constexpr int part_floats(int dim) { return kFewQueries * (dim + 2); }
-
-template <int kStages>
-struct Header {
-  AttentionItem items[kStages];
-  float2 stats[kWarps][kFewQueries];  // maximum and sum of what a warp saw
-  unsigned flag;
-};
 
 template <class Shape>
 class Few {
  public:
-  // `factor`: log2(e) / sqrt(head_dim).
-  __device__ Few(const Attention& call, float factor)
+  __device__ Few(const Attention& call, const KvStrides& strides, float factor)
       : call_(call),
         n_kv_heads_(call.pool.shape.n_kv_heads),
-        n_jobs_(*call.n_items * n_kv_heads_),
-        factor_(factor) {}
+        factor_(factor),
+        copies_(call, strides) {}
 
   __device__ void run() {
-    ask_for_item();
-    find_load();
     wait_for_previous_kernel();
     let_next_kernel_start();
 #pragma unroll 1
     for (int i = 0; i < Shape::kStages - 1; ++i) {
-      load_keys();
+      copies_.copy_next(i);
       commit_copies();
     }
-    int stage = 0, slot = 0;
+    int stage = 0;
 #pragma unroll 1
-    for (int round = 0; job_of(round) < n_jobs_; ++round) {
+    for (; Shape::job_of(round_) < copies_.n_jobs(); ++round_) {
       wait_copies<Shape::kStages - 2>();
       sync_block();  // queries and item are there, and nobody reads the last job's sums
-      begin(slot, job_of(round));
-      const int last_key = item().last_key;
-      int key = item().first_key + warp() * kStepTokens;
+      begin();
 #pragma unroll 1
-      for (int left = divide_up(last_key - item().first_key, kKeyTile);;) {
-        load_keys();
+      for (int tile = item().first_key;;) {
+        copies_.copy_next(Shape::previous(stage));  // all have left that one
         commit_copies();
-        if (key < last_key) multiply(stage, key);
-        if (--left == 0) break;
-        key += kKeyTile;
-        stage = next(stage);
+        const int key = tile + Shape::warp() * kStepTokens;
+        if (key < item().last_key) multiply(stage, key);
+        tile += kKeyTile;
+        if (tile >= item().last_key) break;
+        stage = Shape::next(stage);
         wait_copies<Shape::kStages - 2>();
         sync_warp();
       }
       finish(stage);
-      stage = next(stage);
-      slot = next(slot);
+      stage = Shape::next(stage);
     }
   }
 
  private:
   using Rows = typename Shape::Rows;
 
-  __device__ static int warp() { return thread_index() / kWarp; }
-  __device__ static int lane() { return thread_index() % kWarp; }
-  __device__ static int next(int stage) { return stage + 1 == Shape::kStages ? 0 : stage + 1; }
-  __device__ static Header<Shape::kStages>& header() {
-    return *reinterpret_cast<Header<Shape::kStages>*>(shared_memory() + Shape::kHeaderAt);
-  }
-  // Every second row of jobs is dealt backwards: the longest come first.
-  __device__ static int job_of(int round) {
-    const int block = round % 2 == 0 ? block_index() : grid_size() - 1 - block_index();
-    return round * grid_size() + block;
-  }
-  // Keys of a warp; its values follow kSideBytes later.
-  __device__ static unsigned rows_at(int stage) {
-    return shared_address(shared_memory()) + stage * Shape::kStageBytes +
-           warp() * 2 * Shape::kSideBytes;
-  }
-  __device__ static unsigned scales_at(int stage) {
-    return shared_address(shared_memory()) + stage * Shape::kStageBytes + Shape::kScalesAt +
-           warp() * 2 * Shape::kScaleBytes;
-  }
-  __device__ static unsigned queries_at(int slot) {
-    return shared_address(shared_memory()) + Shape::kQueriesAt + slot * Shape::kQueryBytes;
-  }
-
-  // ---- copies ahead ----
-
-  // What loads do not wait for: the item after the one whose keys are copied, and the pages of the
-  // next keys, were asked for a turn of the loop earlier.
-  struct Load {
-    int round = 0;          // of the job after this one
-    int word = 0;           // of that job's item, lane's
-    int left = 0;           // tiles of this job to copy
-    bool begins = false;    // none of them was copied yet
-    int key = 0, last = 0;  // this warp's next, and one past the item's
-    int page_list = 0, first_page = 0;
-    int ids = 0;              // of page first_page + lane
-    int page = 0, token = 0;  // of `key`: page from first_page on
-    int head = 0;
-    int first_row = 0, first_query = 0, n_queries = 0;
-    int stage = 0, slot = 0;
-  };
-
-  __device__ void ask_for_item() {
-    const int job = job_of(load_.round);
-    if (job < n_jobs_ && lane() < kItemWords) {
-      load_.word = reinterpret_cast<const int*>(call_.items + job / n_kv_heads_)[lane()];
-    }
-  }
-
-  __device__ void ask_for_pages() {
-    const int page = load_.first_page + lane();
-    if (std::int64_t{page} * call_.pool.shape.page_size < load_.last) {
-      load_.ids = call_.page_table[load_.page_list + page];
-    }
-  }
-
-  // Goes to the next job, where there is one.
-  __device__ void find_load() {
-    const int job = job_of(load_.round);
-    if (job >= n_jobs_) return;
-    load_.first_row = shuffle(load_.word, 0);
-    load_.page_list = shuffle(load_.word, 2);
-    load_.first_query = shuffle(load_.word, 3);
-    load_.n_queries = shuffle(load_.word, 4);
-    const int first_key = shuffle(load_.word, 5);
-    load_.last = shuffle(load_.word, 6);
-    load_.head = job % n_kv_heads_;
-    load_.key = first_key + warp() * kStepTokens;
-    load_.left = divide_up(load_.last - first_key, kKeyTile);
-    load_.begins = true;
-    load_.first_page = first_key / call_.pool.shape.page_size;
-    load_.page = 0;
-    load_.token = load_.key - load_.first_page * call_.pool.shape.page_size;
-    ++load_.round;
-    ask_for_pages();
-    ask_for_item();
-    find_page();
-  }
-
-  // A warp's 16 keys begin at a multiple of 16, so one page has them all.
-  __device__ void find_page() {
-    const int page_size = call_.pool.shape.page_size;
-    while (load_.token >= page_size) {
-      load_.token -= page_size;
-      ++load_.page;
-    }
-    if (load_.page >= kWarp) {
-      load_.first_page += load_.page;
-      load_.page = 0;
-      ask_for_pages();
-    }
-  }
-
-  // Copies this warp's keys and values of the next tile, if there is one.
-  __device__ void load_keys() {
-    if (load_.left == 0) return;
-    if (load_.begins) load_queries();
-    const int n = load_.last - load_.key;
-    const int id = shuffle(load_.ids, load_.page);
-    if (n > 0) {
-      const KvShape& shape = call_.pool.shape;
-      const std::byte* side =
-          call_.pool.base + id * shape.page_bytes() + shape.keys_at(call_.kv_layer, load_.head);
-      const unsigned to = rows_at(load_.stage), scales_to = scales_at(load_.stage);
-      copy_side(to, scales_to, side, n);
-      copy_side(to + Shape::kSideBytes, scales_to + Shape::kScaleBytes, side + shape.side_bytes(),
-                n);
-    }
-    load_.key += kKeyTile;
-    load_.token += kKeyTile;
-    load_.stage = next(load_.stage);
-    if (--load_.left == 0) {
-      load_.slot = next(load_.slot);
-      find_load();
-    } else {
-      find_page();
-    }
-  }
-
-  // Copies n rows of keys or values; of further ones, and of dims past head_dim, zeros: what lies in
-  // memory there may be NaN, and 0 * NaN is not 0.
-  __device__ void copy_side(unsigned to, unsigned scales_to, const std::byte* side, int n) {
-    const KvShape& shape = call_.pool.shape;
-    const int row_bytes = shape.row_bytes();
-    const int first = lane() / Rows::kPieces, piece = lane() % Rows::kPieces;
-    const std::byte* from = side + (load_.token + first) * row_bytes + piece * 16;
-    constexpr int kRows = kWarp / Rows::kPieces;  // that the warp copies at once
-    const int bytes = shape.head_dim * (Shape::kScaled ? 1 : 2) - piece * 16;
-    if (n >= kStepTokens && shape.head_dim == Shape::kDim) {
-#pragma unroll
-      for (int row = 0; row < kStepTokens; row += kRows) {
-        copy_async_once(to + Rows::place(first + row, piece), from);
-        from += kRows * row_bytes;
-      }
-    } else {
-#pragma unroll 1
-      for (int row = 0; row < kStepTokens; row += kRows) {
-        const int n_bytes = first + row < n ? min(max(bytes, 0), 16) : 0;
-        copy_async(to + Rows::place(first + row, piece), n_bytes == 0 ? side : from, n_bytes);
-        from += kRows * row_bytes;
-      }
-    }
-    if constexpr (Shape::kScaled) {
-      if (lane() < Shape::kScaleBytes / 16) {
-        copy_async(scales_to + lane() * 16,
-                   side + shape.scales_at() + load_.token * 4 + lane() * 16,
-                   min(max(n * 4 - lane() * 16, 0), 16));
-      }
-    }
-  }
-
-  // By all warps together: the job's queries, zeros around them, and its item.
-  __device__ void load_queries() {
-    load_.begins = false;
-    const int head_dim = call_.pool.shape.head_dim, group = call_.n_heads / n_kv_heads_;
-    constexpr int kPieces = Shape::kDim / 8;
-#pragma unroll 1
-    for (int i = thread_index(); i < kFewQueries * kPieces; i += kThreads) {
-      const int row = i / kPieces, piece = i % kPieces;
-      const bool there = row < load_.n_queries && piece * 8 < head_dim;
-      const int query = load_.first_query + row, token = query / group;
-      const std::uint16_t* from = call_.q;
-      if (there) {
-        from += (load_.first_row + token) * call_.q_stride +
-                (load_.head * group + query - token * group) * head_dim + piece * 8;
-      }
-      copy_async(queries_at(load_.slot) + Rows::query_place(row, piece), from, there ? 16 : 0);
-    }
-    if (thread_index() < kItemWords / 4) {
-      const int item = job_of(load_.round - 1) / n_kv_heads_;
-      copy_async(reinterpret_cast<std::byte*>(&header().items[load_.slot]) + thread_index() * 16,
-                 reinterpret_cast<const std::byte*>(call_.items + item) + thread_index() * 16, 16);
-    }
-  }
-
   // ---- products ----
 
-  __device__ const AttentionItem& item() const { return header().items[slot_]; }
+  __device__ const AttentionItem& item() const {
+    return Shape::header().items[Shape::slot_of(round_)];
+  }
+  __device__ int head() const { return Shape::job_of(round_) % n_kv_heads_; }
 
-  __device__ void begin(int slot, int job) {
-    slot_ = slot;
-    head_ = job % n_kv_heads_;
-    all_see_ = limit_of(0);
+  __device__ void begin() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      limit_[half] = limit_of(lane() / 4 + half * 8);
       max_[half] = kNothing;
       sum_[half] = 0.0f;
     }
@@ -302,7 +80,7 @@ class Few {
     if constexpr (Shape::kKeepsQueries) {
 #pragma unroll
       for (int step = 0; step < Rows::kSteps; ++step) {
-        Rows::load_queries(q_[step], queries_at(slot_), step);
+        Rows::load_queries(q_[step], Shape::queries_at(Shape::slot_of(round_)), step);
       }
     }
   }
@@ -320,21 +98,24 @@ class Few {
   // This warp's 16 keys and values of a stage.
   __device__ void multiply(int stage, int key) {
     Scores s = {};
-    const unsigned rows = rows_at(stage);
+    const unsigned rows = Shape::rows_at(stage);
     Rows::each_key_step(rows, [&](int step, const std::uint32_t(&b)[4]) {
       if constexpr (Shape::kKeepsQueries) {
         mma_bf16(s[0], q_[step], b[0], b[1]);
         mma_bf16(s[1], q_[step], b[2], b[3]);
       } else {
         std::uint32_t a[4];
-        Rows::load_queries(a, queries_at(slot_), step);
+        Rows::load_queries(a, Shape::queries_at(Shape::slot_of(round_)), step);
         mma_bf16(s[0], a, b[0], b[1]);
         mma_bf16(s[1], a, b[2], b[3]);
       }
     });
-    const unsigned scales = scales_at(stage) + lane() % 4 * 8;
+    const unsigned scales = Shape::scales_at(stage) + Shape::lane() % 4 * 8;
     scale(s, scales);
-    if (key + kStepTokens > all_see_) hide(s, key);
+    if (key + kStepTokens > item().last_key ||
+        (call_.causal && key + kStepTokens > item().first_index + 1)) {
+      hide(s, key);
+    }
     softmax(s);
     std::uint32_t p[4];
     round(p, s, scales + Shape::kScaleBytes);
@@ -360,12 +141,14 @@ class Few {
     }
   }
 
-  // Keys that a query does not see. A key that is not there has no score that counts.
+  // Keys that a query does not see. Only a span's last ones, so limits are worked out anew.
   __device__ void hide(Scores& s, int key) const {
+    const int row = Shape::lane() / 4;
+    const int limit[2] = {limit_of(row), limit_of(row + 8)};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int at = key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
-      if (at >= limit_[i / 2 % 2]) s[i / 4][i % 4] = kNothing;
+      const int at = key + i / 4 * 8 + Shape::lane() % 4 * 2 + i % 2;
+      if (at >= limit[i / 2 % 2]) s[i / 4][i % 4] = kNothing;
     }
   }
 
@@ -420,8 +203,8 @@ class Few {
     float4 quads[Shape::kWarpQuads];
   };
 
-  // Adds up what several have, each beside its own maximum: f(i) gives part i's maximum and sum,
-  // g(i, j) its quad j.
+  // Adds up what n have, each beside its own maximum: stats(i) gives maximum and sum of part i,
+  // quads(i, j) its quad j.
   template <class Stats, class Quads>
   __device__ static Result combined(int n, const Stats& stats, const Quads& quads) {
     Result result = {kNothing, 0.0f, {}};
@@ -447,7 +230,9 @@ class Few {
 
   // The rows of the halves that there are: 8 queries at most are the first half alone.
   __device__ int n_halves() const { return item().n_queries > 8 ? 2 : 1; }
-  __device__ bool has_row(int half) const { return half * 8 + lane() / 4 < item().n_queries; }
+  __device__ bool has_row(int half) const {
+    return half * 8 + Shape::lane() / 4 < item().n_queries;
+  }
 
   // Brings the warps' sums together, in the stage that is done.
   __device__ void finish(int stage) {
@@ -455,13 +240,14 @@ class Few {
     for (int half = 0; half < 2; ++half) {
       sum_[half] += shuffle_xor(sum_[half], 1);
       sum_[half] += shuffle_xor(sum_[half], 2);
-      if (lane() % 4 == 0) {
-        header().stats[warp()][half * 8 + lane() / 4] = float2{max_[half], sum_[half]};
+      if (Shape::lane() % 4 == 0) {
+        Shape::header().stats[Shape::warp()][half * 8 + Shape::lane() / 4] =
+            float2{max_[half], sum_[half]};
       }
     }
     std::byte* const sums = shared_memory() + stage * Shape::kStageBytes;
     const auto quads_of = [&](int w) {
-      return reinterpret_cast<float4*>(sums + w * 2 * Shape::kSideBytes) + lane();
+      return reinterpret_cast<float4*>(sums + w * 2 * Shape::kSideBytes) + Shape::lane();
     };
     sync_warp();  // all lanes have read their values
 #pragma unroll
@@ -470,13 +256,15 @@ class Few {
       if (half > 0) sync_block();
 #pragma unroll
       for (int i = 0; i < Shape::kQuads; ++i) {
-        quads_of(warp())[i * kWarp] = Rows::quad(o_[2 * i], o_[2 * i + 1], half);
+        quads_of(Shape::warp())[i * kWarp] = Rows::quad(o_[2 * i], o_[2 * i + 1], half);
       }
       sync_block();
-      const int row = half * 8 + lane() / 4;
+      const int row = half * 8 + Shape::lane() / 4;
       const Result result = combined(
-          kWarps, [&](int w) { return header().stats[w][row]; },
-          [&](int w, int j) { return quads_of(w)[(warp() * Shape::kWarpQuads + j) * kWarp]; });
+          kFewWarps, [&](int w) { return Shape::header().stats[w][row]; },
+          [&](int w, int j) {
+            return quads_of(w)[(Shape::warp() * Shape::kWarpQuads + j) * kWarp];
+          });
       if (item().n_parts == 1) {
         write(result, half);
       } else {
@@ -489,15 +277,15 @@ class Few {
   __device__ void write(const Result& result, int half) const {
     if (!has_row(half)) return;
     const int head_dim = call_.pool.shape.head_dim, group = call_.n_heads / n_kv_heads_;
-    const int query = item().first_query + half * 8 + lane() / 4, token = query / group;
+    const int query = item().first_query + half * 8 + Shape::lane() / 4, token = query / group;
     std::uint16_t* y = call_.y + (item().first_row + token) * call_.y_stride +
-                       (head_ * group + query - token * group) * head_dim;
+                       (head() * group + query - token * group) * head_dim;
     const float factor = 1.0f / result.sum;
 #pragma unroll
     for (int j = 0; j < Shape::kWarpQuads; ++j) {
-      const int tile = (warp() * Shape::kWarpQuads + j) * 2;
-      const int first = Rows::output_dim(lane(), tile, 0);
-      const int second = Rows::output_dim(lane(), tile, 1);
+      const int tile = (Shape::warp() * Shape::kWarpQuads + j) * 2;
+      const int first = Rows::output_dim(Shape::lane(), tile, 0);
+      const int second = Rows::output_dim(Shape::lane(), tile, 1);
       const float4 quad = result.quads[j];
       if (first < head_dim) store_pair(y + first, quad.x * factor, quad.y * factor);
       if (second < head_dim) store_pair(y + second, quad.z * factor, quad.w * factor);
@@ -510,11 +298,15 @@ class Few {
   // ---- parts of results ----
 
   __device__ float* part_at(int part) const {
-    return call_.partials + (std::int64_t{item().first_part + part} * n_kv_heads_ + head_) *
+    return call_.partials + (std::int64_t{item().first_part + part} * n_kv_heads_ + head()) *
                                 part_floats(Shape::kDim);
   }
-  __device__ static int quad_at(int half, int quad) {  // in floats
-    return ((half * Shape::kQuads + quad) * kWarp + lane()) * 4;
+  // Where a quad, and maximum and sum of this lane's row, lie in a part: in floats.
+  __device__ static unsigned quad_at(int half, int quad) {
+    return static_cast<unsigned>((half * Shape::kQuads + quad) * kWarp + Shape::lane()) * 4u;
+  }
+  __device__ static unsigned stats_at(int half) {
+    return static_cast<unsigned>(Shape::kPartStatsAt + (half * 8 + Shape::lane() / 4) * 2);
   }
 
   __device__ void leave(const Result& result, int part, int half) const {
@@ -522,12 +314,11 @@ class Few {
     float* const to = part_at(part);
 #pragma unroll
     for (int j = 0; j < Shape::kWarpQuads; ++j) {
-      *reinterpret_cast<float4*>(to + quad_at(half, warp() * Shape::kWarpQuads + j)) =
+      *reinterpret_cast<float4*>(to + quad_at(half, Shape::warp() * Shape::kWarpQuads + j)) =
           result.quads[j];
     }
-    if (warp() == 0 && lane() % 4 == 0) {
-      *reinterpret_cast<float2*>(to + Shape::kPartStatsAt + (half * 8 + lane() / 4) * 2) =
-          float2{result.top, result.sum};
+    if (Shape::warp() == 0 && Shape::lane() % 4 == 0) {
+      *reinterpret_cast<float2*>(to + stats_at(half)) = float2{result.top, result.sum};
     }
   }
 
@@ -536,7 +327,7 @@ class Few {
     const int n_groups = n_combined_groups(item().n_parts);
     const int group = item().part / kCombinedParts, first = group * kCombinedParts;
     const int n = min(kCombinedParts, item().n_parts - first);
-    unsigned* const counters = call_.counters + std::int64_t{item().counter} * n_kv_heads_ + head_;
+    unsigned* const counters = call_.counters + std::int64_t{item().counter} * n_kv_heads_ + head();
     if (!is_last(counters + group * n_kv_heads_, n)) return;
     combine(first, 1, n, n_groups == 1);
     if (n_groups == 1 || !is_last(counters + n_groups * n_kv_heads_, n_groups)) return;
@@ -548,31 +339,34 @@ class Few {
     sync_block();
     if (thread_index() == 0) {
       fence_blocks();  // what the whole block wrote: it met before
-      header().flag = add_atomic(counter, 1u);
+      Shape::header().flag = add_atomic(counter, 1u);
       fence_blocks();
     }
     sync_block();
-    if (header().flag + 1 != static_cast<unsigned>(n)) return false;
+    if (Shape::header().flag + 1 != static_cast<unsigned>(n)) return false;
     if (thread_index() == 0) *counter = 0;
     return true;
   }
 
   // Of n parts, `step` apart: the result, or what takes the first one's place.
   __device__ void combine(int first, int step, int n, bool final) {
+    const float* const parts = part_at(first);
+    const int apart = step * n_kv_heads_ * part_floats(Shape::kDim);
 #pragma unroll 1
     for (int half = 0; half < n_halves(); ++half) {
+      const float* const stats = parts + stats_at(half);
+      const float* const quads = parts + quad_at(half, Shape::warp() * Shape::kWarpQuads);
       Result result = {};
       if (has_row(half)) {
         result = combined(
             n,
             [&](int i) {
-              const float* stats =
-                  part_at(first + i * step) + Shape::kPartStatsAt + (half * 8 + lane() / 4) * 2;
-              return float2{load_shared_by_blocks(stats), load_shared_by_blocks(stats + 1)};
+              return float2{load_shared_by_blocks(stats + i * apart),
+                            load_shared_by_blocks(stats + i * apart + 1)};
             },
             [&](int i, int j) {
-              return load_shared_by_blocks(reinterpret_cast<const float4*>(
-                  part_at(first + i * step) + quad_at(half, warp() * Shape::kWarpQuads + j)));
+              const float* const quad = quads + i * apart + j * kWarp * 4;
+              return load_shared_by_blocks(reinterpret_cast<const float4*>(quad));
             });
       }
       if (final) {
@@ -585,22 +379,21 @@ class Few {
   }
 
   const Attention& call_;
-  int n_kv_heads_, n_jobs_;
-  float factor_;
-  Load load_;
+  int n_kv_heads_;
+  float factor_;  // log2(e) / sqrt(head_dim)
+  FewCopies<Shape> copies_;
   // Of the job in work.
-  int slot_ = 0, head_ = 0;
-  int all_see_ = 0;        // limit_ of the tile's first query
-  int limit_[2];           // one past the last key that rows g and g + 8 see
-  float max_[2], sum_[2];  // of these rows: of this warp's keys, and this lane's
+  int round_ = 0;
+  float max_[2], sum_[2];  // of rows g and g + 8: of this warp's keys, and this lane's
   float o_[Rows::kTiles][4];
   std::uint32_t q_[Shape::kKeepsQueries ? Rows::kSteps : 1][4];
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads, 1)
-    run_attention_few(const __grid_constant__ Attention call, float factor) {
-  Few<Shape>(call, factor).run();
+__global__ void __launch_bounds__(kFewThreads, Shape::kBlocks)
+    run_attention_few(const __grid_constant__ Attention call,
+                      const __grid_constant__ KvStrides strides, float factor) {
+  Few<Shape>(call, strides, factor).run();
 }
 
 // ---- choose ----
@@ -612,7 +405,7 @@ template <class F>
 bool with_few_shape(KvFormat format, int dim, const F& f) {
   const auto of_bytes = [&]<KvFormat kFormat>() {
     if (dim == 64) return f(FewShape<kFormat, 64, 6>{});
-    if (dim == 128) return f(FewShape<kFormat, 128, 4>{});
+    if (dim == 128) return f(FewShape<kFormat, 128, 3>{});
     return f(FewShape<kFormat, 256, 2>{});
   };
   if (format == KvFormat::kE4m3) return of_bytes.template operator()<KvFormat::kE4m3>();
@@ -658,17 +451,18 @@ void attend_few(const Attention& call, int multiprocessors, cudaStream_t stream)
   check_call(call);
   const KvShape& shape = call.pool.shape;
   const float factor = 1.44269504f / std::sqrt(static_cast<float>(shape.head_dim));
+  const KvStrides strides = strides_of(shape, call.kv_layer);
   const bool done =
       with_few_shape(shape.format, padded_head_dim(shape.head_dim), [&]<class Shape>(Shape) {
         Launch how;
-        how.threads = kThreads;
-        how.shared_bytes = Shape::kHeaderAt + sizeof(Header<Shape::kStages>);
+        how.threads = kFewThreads;
+        how.shared_bytes = Shape::kHeaderAt + sizeof(FewHeader<Shape::kStages>);
         how.stream = stream;
         how.overlaps = true;
         how.blocks = multiprocessors *
                      blocks_that_fit(run_attention_few<Shape>, how.threads, how.shared_bytes);
         if (how.blocks == 0) return false;
-        launch(kName, run_attention_few<Shape>, how, call, factor);
+        launch(kName, run_attention_few<Shape>, how, call, strides, factor);
         return true;
       });
   if (!done) {

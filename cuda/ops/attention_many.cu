@@ -27,8 +27,6 @@
 
 #include <cmath>
 
-#include "device/dequant.cuh"
-
 namespace camelid::cuda {
 namespace {
 
@@ -58,36 +56,20 @@ struct Memory {
   static constexpr int kScalesAt = kQueriesBehind + (kQueriesStay ? kHalfBytes : 0);
   static constexpr int kScalesBytes = kKeyTile * 4;  // of a half
   // Of two tiles: keys' scales and then values'.
-  static constexpr int kBytes = kScalesAt + (kScaled ? 4 * kScalesBytes : 0);
+  static constexpr int kLimitsAt = kScalesAt + (kScaled ? 4 * kScalesBytes : 0);
+  static constexpr int kBytes = kLimitsAt + kManyQueries * 4;
   static_assert(kBytes <= 99 * 1024);
 
+  // Of each row, one past the last key it sees.
+  __device__ static int& limit(int row) {
+    return reinterpret_cast<int*>(shared_memory() + kLimitsAt)[row];
+  }
   __device__ static unsigned row_piece(int row, int piece) {
     return static_cast<unsigned>(row * kRowBytes + (piece ^ row % 8) * 16);
   }
 };
 
 // ---- kernel: copies ----
-
-// Sixteen stored values, as two pieces of bf16, exactly.
-template <KvFormat kFormat>
-__device__ __forceinline__ std::uint32_t expand_pair(std::uint32_t word, int pair) {
-  if constexpr (kFormat == KvFormat::kE4m3) {
-    // Each byte on top of its half. Moved by 4 bits, exponent and mantissa are where bf16 has them;
-    // the exponent's bias is 7 instead of 127.
-    const std::uint32_t bytes = select_bytes(word, 0, pair == 0 ? 0x1404u : 0x3424u);
-    return multiply_bf16x2(mask_or(bytes >> 4, 0x07f007f0u, bytes & 0x80008000u),
-                           0x7b807b80u /* 2^120 */);
-  } else {
-    return from_int8<0>(select_bytes(word, 0, pair == 0 ? 0x4140u : 0x4342u));
-  }
-}
-template <KvFormat kFormat>
-__device__ __forceinline__ void expand_piece(uint4 (&to)[2], const uint4& from) {
-  to[0] = {expand_pair<kFormat>(from.x, 0), expand_pair<kFormat>(from.x, 1),
-           expand_pair<kFormat>(from.y, 0), expand_pair<kFormat>(from.y, 1)};
-  to[1] = {expand_pair<kFormat>(from.z, 0), expand_pair<kFormat>(from.z, 1),
-           expand_pair<kFormat>(from.w, 0), expand_pair<kFormat>(from.w, 1)};
-}
 
 // A ring of halves, and this thread's share of filling it: a piece of every kApart-th row.
 template <int kDim, KvFormat kFormat>
@@ -97,7 +79,7 @@ struct Ring {
   static constexpr int kApart = kThreads / kPieces;
   static constexpr int kEach = kKeyTile / kApart;
 
-  const Attention& call;
+  const ManyCall& call;
   const QueryTile& tile;
   unsigned shared = shared_address(shared_memory());
   int n_halves;
@@ -117,15 +99,8 @@ struct Ring {
     }
   }
 
-  // Of page 0, the keys or values of the head.
-  __device__ const std::byte* side(int which) const {
-    const KvShape& shape = call.pool.shape;
-    return call.pool.base + shape.keys_at(call.kv_layer, tile.kv_head) + which * shape.side_bytes();
-  }
-  // Keys past the item's, and dimensions past the head's, become zeros.
   __device__ void start(int n) {
     if (n >= n_halves) return;
-    const KvShape& shape = call.pool.shape;
     const int thread = not_before(thread_index());
     const int first_key = tile.item().first_key + n / 2 * kKeyTile;
     const int n_keys = tile.item().last_key - first_key;
@@ -134,29 +109,42 @@ struct Ring {
       next = find_keys(call, tile.item(), first_key + kKeyTile + thread % kTileGroups * kKeyGroup);
       if constexpr (M::kScaled) start_scales(n / 2 % 2, n_keys);
     }
-    const std::int64_t place = now.page * shape.page_bytes() + now.slot * shape.row_bytes();
-    const int piece = thread % kPieces, first_row = thread / kPieces, row_bytes = shape.row_bytes();
-    const std::byte* from = side(n % 2) + piece * 16;
-    const int n_bytes = max(0, min(16, shape.head_dim * (M::kScaled ? 1 : 2) - piece * 16));
     const unsigned slot = shared + n % M::kSlots * M::kSlotBytes;
-#pragma unroll 2
+    const std::byte* from = call.side(tile.kv_head, n % 2);
+    if (n_keys >= kKeyTile && call.pool.shape.head_dim == kDim) {
+      copy_rows<true>(slot, from, thread, n_keys);
+    } else {
+      copy_rows<false>(slot, from, thread, n_keys);
+    }
+  }
+  // kWhole: all keys of the tile are the item's, and have kDim dimensions. Else keys past the
+  // item's, and dimensions past the head's, become zeros.
+  template <bool kWhole>
+  __device__ void copy_rows(unsigned slot, const std::byte* from, int thread, int n_keys) const {
+    constexpr int kTogether = kWhole ? kEach : 2;
+    const int piece = thread % kPieces, row = thread / kPieces;
+    const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
+    const int n_bytes = call.pool.shape.head_dim * (M::kScaled ? 1 : 2) - piece * 16;
+    const unsigned to = M::kScaled ? static_cast<unsigned>(thread * 16) : M::row_piece(row, piece);
+    from += piece * 16 + row % kKeyGroup * call.row_bytes;
+#pragma unroll kTogether
     for (int i = 0; i < kEach; ++i) {
-      const int row = first_row + i * kApart;
-      const std::int64_t at = shuffle(place, row / kKeyGroup) + row % kKeyGroup * row_bytes;
-      const bool is = n_bytes > 0 && row < n_keys;
-      const unsigned to = M::kScaled ? static_cast<unsigned>(row * M::kStoredRow + piece * 16)
-                                     : M::row_piece(row, piece);
-      copy_async(slot + to, is ? from + at : call.pool.base, is ? n_bytes : 0);
+      const int on = i * kApart;  // rows
+      const int group = (kApart > kKeyGroup ? row / kKeyGroup : 0) + on / kKeyGroup;
+      const std::byte* at = from + shuffle(place, group) + on % kKeyGroup * call.row_bytes;
+      const int n = kWhole ? 16 : row + on < n_keys ? max(0, min(16, n_bytes)) : 0;
+      const int swizzle = M::kScaled ? 0 : on % 8 * 16;
+      copy_async(slot + (to ^ swizzle) + on * M::kStoredRow, n > 0 ? at : call.pool.base, n);
     }
   }
   // Of keys and values of a tile, by one warp, four at a time.
   __device__ void start_scales(int in_ring, int n_keys) {
     if (thread_index() >= kWarp) return;
-    const KvShape& shape = call.pool.shape;
     const int which = thread_index() / 16, row = thread_index() % 16 * 4;
-    const std::int64_t place = shuffle(now.page * shape.page_bytes() + now.slot * 4, row / 16);
+    const std::int64_t place = shuffle(now.page * call.page_bytes + now.slot * 4, row / kKeyGroup);
     const int n_bytes = max(0, min(16, (n_keys - row) * 4));
-    const std::byte* from = side(which) + shape.scales_at() + place + row % kKeyGroup * 4;
+    const std::byte* from =
+        call.side(tile.kv_head, which) + call.scales_at + place + row % kKeyGroup * 4;
     copy_async(scales(in_ring) + static_cast<unsigned>(which * M::kScalesBytes + row * 4),
                n_bytes > 0 ? from : call.pool.base, n_bytes);
   }
@@ -206,7 +194,7 @@ struct Queries {
 
   // Before anything else is copied.
   __device__ void start(const QueryTile& tile) {
-    const Attention& call = tile.call;
+    const ManyCall& call = tile.call;
     constexpr int kPieces = kDim / 8;
     constexpr int kApart = kThreads / kPieces;
     const int thread = thread_index(), piece = thread % kPieces;
@@ -282,9 +270,8 @@ __device__ __forceinline__ void multiply_values(float (&o)[kDim / 8][4],
   }
 }
 
-// Of this lane's rows g and g + 8: the keys they see, and the softmax so far.
+// The softmax so far of this lane's rows g and g + 8.
 struct Rows {
-  int limit[2];
   float most[2];  // the largest score
   float sum[2];   // of this lane's columns alone
 };
@@ -297,7 +284,9 @@ __device__ __forceinline__ void soften(float (&s)[kScoreTiles][4], float (&o)[kD
                                        std::uint32_t (&p)[kKeyTile / 16][4], Rows& rows,
                                        int first_key, float scale, unsigned scales) {
   using M = Memory<kDim, kFormat>;
-  const int column = not_before(thread_index()) % 4 * 2;
+  const int thread = not_before(thread_index()), column = thread % 4 * 2;
+  const int row = thread / kWarp * 16 + thread % kWarp / 4;
+  const int limits[2] = {kBorder ? M::limit(row) : 0, kBorder ? M::limit(row + 8) : 0};
   scales += static_cast<unsigned>(column * 4);
   float most[2] = {rows.most[0], rows.most[1]};
 #pragma unroll
@@ -307,7 +296,7 @@ __device__ __forceinline__ void soften(float (&s)[kScoreTiles][4], float (&o)[kD
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (M::kScaled) s[j][i] *= i % 2 == 0 ? of_keys.x : of_keys.y;
-      if (kBorder && first_key + j * 8 + column + i % 2 >= rows.limit[i / 2]) s[j][i] = -INFINITY;
+      if (kBorder && first_key + j * 8 + column + i % 2 >= limits[i / 2]) s[j][i] = -INFINITY;
       most[i / 2] = max(most[i / 2], s[j][i]);
     }
   }
@@ -346,7 +335,7 @@ __device__ __forceinline__ void soften(float (&s)[kScoreTiles][4], float (&o)[kD
 template <int kDim>
 __device__ void store_result(const QueryTile& tile, const Rows& rows,
                              const float (&o)[kDim / 8][4]) {
-  const Attention& call = tile.call;
+  const ManyCall& call = tile.call;
   const int thread = not_before(thread_index());
   const int lane = thread % kWarp, first = thread / kWarp * 16 + lane / 4;
 #pragma unroll
@@ -367,42 +356,41 @@ __device__ void store_result(const QueryTile& tile, const Rows& rows,
   }
 }
 
-// Blocks that share a multiprocessor, if their registers let them; shared memory for 8 bits is
-// enough for two on sm_80.
+// Blocks that share a multiprocessor of sm_80, if their registers let them. Shared memory for
+// 8 bits has room for one less.
 template <int kDim, KvFormat kFormat>
 constexpr int blocks_together() {
-  return kDim == 64 ? 4 : kDim == 256 ? 1 : kFormat == KvFormat::kBf16 ? 3 : 2;
+  if (kDim == 256) return 1;
+  return (kDim == 64 ? 4 : 3) - (Memory<kDim, kFormat>::kScaled ? 1 : 0);
 }
 
 template <int kDim, KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kFormat>()))
-    attend_many_kernel(const __grid_constant__ Attention call, int n_items) {
+    attend_many_kernel(const __grid_constant__ ManyCall call) {
   using M = Memory<kDim, kFormat>;
-  const QueryTile tile(call, block_index(), n_items);
+  const QueryTile tile(call, block_index());
   Queries<kDim, kFormat> queries;
   queries.start(tile);
+  if (thread_index() < kManyQueries) M::limit(thread_index()) = tile.limit(thread_index());
   Ring<kDim, kFormat> ring(tile);
   queries.template finish<M::kSlots - 1>();
 
-  const int lane = thread_index() % kWarp, first_row = thread_index() / kWarp * 16;
-  Rows rows{{tile.limit(first_row + lane / 4), tile.limit(first_row + lane / 4 + 8)},
-            {-INFINITY, -INFINITY},
-            {0.0f, 0.0f}};
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(call.pool.shape.head_dim));  // log2(e)
+  Rows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
   float o[kDim / 8][4] = {};
-  int first_key = tile.item().first_key;
-  for (int n = 0; 2 * n < ring.n_halves; ++n, first_key += kKeyTile) {
-    const bool busy = first_key < shuffle(rows.limit[1], kWarp - 1);  // of the warp's last row
+  while (ring.half < ring.n_halves) {
+    const int n = ring.half / 2, first_key = tile.item().first_key + n * kKeyTile;
+    const int first_row = thread_index() / kWarp * 16;
+    const bool busy = first_key < M::limit(first_row + 15);
     std::uint32_t p[kKeyTile / 16][4];
     const unsigned keys = ring.use();
     if (busy) {
       float s[kScoreTiles][4];
       multiply_keys(s, queries, keys);
       const unsigned scales = ring.scales(n % 2);
-      if (first_key + kKeyTile <= shuffle(rows.limit[0], 0)) {  // of its first row
-        soften<kDim, kFormat, false>(s, o, p, rows, first_key, scale, scales);
+      if (first_key + kKeyTile <= M::limit(first_row)) {
+        soften<kDim, kFormat, false>(s, o, p, rows, first_key, call.scale, scales);
       } else {
-        soften<kDim, kFormat, true>(s, o, p, rows, first_key, scale, scales);
+        soften<kDim, kFormat, true>(s, o, p, rows, first_key, call.scale, scales);
       }
     }
     const unsigned values = ring.use();
@@ -414,28 +402,39 @@ __global__ void __launch_bounds__(kThreads, (blocks_together<kDim, kFormat>()))
 // ---- choose and launch ----
 
 template <int kDim, KvFormat kFormat>
-void launch_kernel(const Attention& call, int n_items, cudaStream_t stream) {
+void launch_kernel(const ManyCall& call, cudaStream_t stream) {
   Launch how;
-  how.blocks = n_items * call.pool.shape.n_kv_heads;
+  how.blocks = call.item_count * call.pool.shape.n_kv_heads;
   how.threads = kThreads;
   how.shared_bytes = Memory<kDim, kFormat>::kBytes;
   how.stream = stream;
-  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call, n_items);
+  launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call);
 }
 
 template <int kDim>
-void launch_format(const Attention& call, int n_items, cudaStream_t stream) {
+void launch_format(const ManyCall& call, cudaStream_t stream) {
   switch (call.pool.shape.format) {
     case KvFormat::kBf16:
-      return launch_kernel<kDim, KvFormat::kBf16>(call, n_items, stream);
+      return launch_kernel<kDim, KvFormat::kBf16>(call, stream);
     case KvFormat::kE4m3:
-      return launch_kernel<kDim, KvFormat::kE4m3>(call, n_items, stream);
+      return launch_kernel<kDim, KvFormat::kE4m3>(call, stream);
     case KvFormat::kInt8:
-      return launch_kernel<kDim, KvFormat::kInt8>(call, n_items, stream);
+      return launch_kernel<kDim, KvFormat::kInt8>(call, stream);
   }
 }
 
 }  // namespace
+
+ManyCall::ManyCall(const Attention& call, int n_items)
+    : Attention(call),
+      item_count(n_items),
+      group(call.n_heads / call.pool.shape.n_kv_heads),
+      scale(1.44269504f /* log2(e) */ / std::sqrt(static_cast<float>(call.pool.shape.head_dim))),
+      row_bytes(call.pool.shape.row_bytes()),
+      page_bytes(call.pool.shape.page_bytes()),
+      side_bytes(call.pool.shape.side_bytes()),
+      scales_at(call.pool.shape.scales_at()),
+      keys(call.pool.base + call.pool.shape.keys_at(call.kv_layer, 0)) {}
 
 void check_attend_many(const Attention& call, int n_items) {
   const KvShape& shape = call.pool.shape;
@@ -463,10 +462,10 @@ void check_attend_many(const Attention& call, int n_items) {
 void attend_many(const Attention& call, int n_items, int /*multiprocessors*/, cudaStream_t stream) {
   check_attend_many(call, n_items);
   if (n_items == 0) return;
-  const int head_dim = call.pool.shape.head_dim;
-  (head_dim <= 64    ? launch_format<64>
-   : head_dim <= 128 ? launch_format<128>
-                     : launch_format<256>)(call, n_items, stream);
+  const int instance = padded_head_dim(call.pool.shape.head_dim);
+  (instance == 64    ? launch_format<64>
+   : instance == 128 ? launch_format<128>
+                     : launch_format<256>)(ManyCall(call, n_items), stream);
 }
 
 }  // namespace camelid::cuda

@@ -70,7 +70,7 @@ void longest_first(std::vector<AttentionItem>& items) {
 }  // namespace
 
 void plan_attention(AttentionPlan& plan, std::span<const AttentionSpan> spans, int group,
-                    bool causal) {
+                    bool causal, int many_queries) {
   plan.few.clear();
   plan.many.clear();
   plan.n_parts = 0;
@@ -80,8 +80,8 @@ void plan_attention(AttentionPlan& plan, std::span<const AttentionSpan> spans, i
       add_few(plan, span, group, causal);
       continue;
     }
-    for (int query = 0; query < span.n_rows * group; query += kManyQueries) {
-      plan.many.push_back(make_tile(span, group, causal, query, kManyQueries));
+    for (int query = 0; query < span.n_rows * group; query += many_queries) {
+      plan.many.push_back(make_tile(span, group, causal, query, many_queries));
     }
   }
   longest_first(plan.few);

@@ -29,9 +29,10 @@ struct AttentionPlan {
 // Spans of at most so many queries go to attend_few.
 constexpr int kMostFewQueries = 64;
 
-// `group`: query heads of a kv head. How a span is divided depends on nothing but the span, so its
-// results do not depend on what else is in the step.
+// `group`: query heads of a kv head. `many_queries`: of an item of `many`, as many as the kernel
+// takes that will run it. How a span is divided depends on nothing but the span, so its results do
+// not depend on what else is in the step.
 void plan_attention(AttentionPlan& plan, std::span<const AttentionSpan> spans, int group,
-                    bool causal);
+                    bool causal, int many_queries = kManyQueries);
 
 }  // namespace camelid::cuda

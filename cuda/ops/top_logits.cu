@@ -68,13 +68,15 @@ struct Shape {
 struct Parts {
   float* largest;  // [n_slices * kSliceGroups]
   float* sums;     // [n_slices * kWarps]; NaN where a logit is not finite
+  float* scaled;   // the same of the differences times the row's factor
 };
-constexpr int kSliceBytes = (kSliceGroups + kWarps) * 4;
+constexpr int kSliceBytes = (kSliceGroups + 2 * kWarps) * 4;
 
 __device__ Parts parts_of(const Shape& shape, std::byte* scratch, int row) {
   auto* largest =
       reinterpret_cast<float*>(scratch + std::int64_t{row} * shape.n_slices * kSliceBytes);
-  return {largest, largest + shape.n_slices * kSliceGroups};
+  float* sums = largest + shape.n_slices * kSliceGroups;
+  return {largest, sums, sums + shape.n_slices * kWarps};
 }
 
 // ---- keys ----
@@ -104,13 +106,14 @@ __device__ T largest_of_lanes(T value, int lanes) {
 
 // ---- every block: its groups ----
 
-// What a thread found in its share of a group; sum is relative to the largest.
+// What a thread found in its share of a group; sums are relative to the largest.
 struct Found {
   float largest = kNever;
   float sum = 0.0f;
+  float scaled = 0.0f;
 };
 
-__device__ void add(Found& found, const Four& v, int n) {
+__device__ void add(Found& found, const Four& v, int n, float factor) {
   float largest = found.largest;
   bool bad = false;
 #pragma unroll
@@ -118,13 +121,15 @@ __device__ void add(Found& found, const Four& v, int n) {
     if (j < n) largest = max(largest, v.at[j]);
   }
   float sum = found.sum * exp_fast(found.largest - largest);
+  float scaled = found.scaled * exp_fast((found.largest - largest) * factor);
 #pragma unroll
   for (int j = 0; j < kFour; ++j) {
     if (j >= n) continue;
     sum += exp_fast(v.at[j] - largest);
+    scaled += exp_fast((v.at[j] - largest) * factor);
     bad |= !is_finite(v.at[j]);
   }
-  found = {largest, bad ? kNan : sum};
+  found = {largest, bad ? kNan : sum, scaled};
 }
 
 __device__ int column_of(const Shape& shape, int group) {
@@ -133,25 +138,30 @@ __device__ int column_of(const Shape& shape, int group) {
 
 // One slice, of which each thread has loaded its first four.
 __device__ void sum_up(const Shape& shape, const Line& logits, const Parts& parts, int slice,
-                       const Four& four) {
+                       const Four& four, float factor) {
   const int group = slice * kSliceGroups + thread_index() / kHalf;
   const int column = column_of(shape, group);
   Found found;
-  if (column < shape.vocab) add(found, four, shape.vocab - column);
+  if (column < shape.vocab) add(found, four, shape.vocab - column, factor);
   for (int i = kChunk; i < shape.group && column + i < shape.vocab; i += kChunk) {
-    add(found, load_four(logits, column + i), shape.vocab - column - i);
+    add(found, load_four(logits, column + i), shape.vocab - column - i, factor);
   }
   const float of_group = largest_of_lanes(found.largest, kHalf);
   const float of_warp = max(of_group, shuffle_xor(of_group, kHalf));
   // A thread without logits has the sum 0, and no difference from the largest.
-  const float mine = found.sum == 0.0f ? 0.0f : found.sum * exp_fast(found.largest - of_warp);
-  const float sum = sum_of_warp(mine);
+  const bool none = found.sum == 0.0f;
+  const float apart = none ? 0.0f : found.largest - of_warp;
+  const float sum = sum_of_warp(none ? 0.0f : found.sum * exp_fast(apart));
+  const float scaled = sum_of_warp(none ? 0.0f : found.scaled * exp_fast(apart * factor));
   if (thread_index() % kHalf == 0) parts.largest[group] = of_group;
-  if (thread_index() % kWarp == 0) parts.sums[group / 2] = sum;
+  if (thread_index() % kWarp != 0) return;
+  parts.sums[group / 2] = sum;
+  parts.scaled[group / 2] = scaled;
 }
 
 // The block's slices from `first` on. The next is read before one is summed up.
-__device__ void sum_up(const Shape& shape, const Line& logits, const Parts& parts, int first) {
+__device__ void sum_up(const Shape& shape, const Line& logits, const Parts& parts, int first,
+                       float factor) {
   const int last = min(first + shape.slices, shape.n_slices);
   const auto load = [&](int slice) {
     const int group = slice * kSliceGroups + thread_index() / kHalf;
@@ -162,7 +172,7 @@ __device__ void sum_up(const Shape& shape, const Line& logits, const Parts& part
   for (int slice = first; slice < last; ++slice) {
     const Four four = next;
     next = load(slice + 1);
-    sum_up(shape, logits, parts, slice, four);
+    sum_up(shape, logits, parts, slice, four, factor);
   }
 }
 
@@ -176,7 +186,7 @@ struct Merge {
   unsigned largest[kWarps], least[kWarps];
   int bad[kWarps];
   unsigned counts[kWarps];
-  float sums[kWarps];
+  float sums[kWarps], scaled[kWarps];
   unsigned n_groups, n_keys;
   unsigned bin, before, after;  // see find_bin
   unsigned arrived;
@@ -415,16 +425,17 @@ __device__ int find_not_finite(const Shape& shape, const Line& logits, int bad) 
   return found;
 }
 
-__device__ void write_facts(const Shape& shape, TopLogits& out, float sum, int not_finite) {
+__device__ void write_facts(const Shape& shape, TopLogits& out, float sum, float scaled,
+                            int not_finite) {
   if (thread_index() != 0) return;
   out.sum = sum;
+  out.scaled_sum = scaled;
   out.n = min(shape.vocab, kMostTop);
   out.not_finite = not_finite;
-  out.padding = 0;
 }
 
 __device__ void merge_row(Merge& merge, const Shape& shape, const Line& logits, const Parts& parts,
-                          TopLogits& out) {
+                          float factor, TopLogits& out) {
   const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
   reinterpret_cast<uint4*>(merge.bins)[thread_index()] = uint4{0, 0, 0, 0};
   if (thread_index() == 0) merge.n_groups = merge.n_keys = 0;
@@ -432,22 +443,29 @@ __device__ void merge_row(Merge& merge, const Shape& shape, const Line& logits, 
   Four sums;
   const Bounds bounds = load_parts(merge, shape, parts, mine, sums);
   if (bounds.bad != kNone) {
-    if (warp == 0) write_facts(shape, out, 0.0f, find_not_finite(shape, logits, bounds.bad));
+    if (warp == 0) write_facts(shape, out, 0.0f, 0.0f, find_not_finite(shape, logits, bounds.bad));
     return;
   }
   const float best = logit_of(Key{bounds.high} << 32);
-  float sum = 0.0f;
+  float sum = 0.0f, scaled = 0.0f;
 #pragma unroll
   for (int i = 0; i < kFoursOfMaxima; ++i) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float largest = max(mine.largest[i].at[2 * j], mine.largest[i].at[2 * j + 1]);
       const float part = sums.at[2 * i + j];
-      sum += part == 0.0f ? 0.0f : part * exp_fast(largest - best);
+      if (part == 0.0f) continue;  // no groups there
+      sum += part * exp_fast(largest - best);
+      const int at = Mine::group(i, 0) / 2 + j;
+      scaled += load_shared_by_blocks(parts.scaled + at) * exp_fast((largest - best) * factor);
     }
   }
   sum = sum_of_warp(sum);
-  if (lane == 0) merge.sums[warp] = sum;
+  scaled = sum_of_warp(scaled);
+  if (lane == 0) {
+    merge.sums[warp] = sum;
+    merge.scaled[warp] = scaled;
+  }
   Key floor = choose_groups(merge, shape, mine, bounds);
 #pragma unroll 1
   for (;;) {
@@ -460,21 +478,25 @@ __device__ void merge_row(Merge& merge, const Shape& shape, const Line& logits, 
     sync_block();
   }
   rank(merge, merge.better, out);
-  if (warp == 0) write_facts(shape, out, sum_of_warp(lane < kWarps ? merge.sums[lane] : 0.0f), -1);
+  if (warp != 0) return;
+  sum = sum_of_warp(lane < kWarps ? merge.sums[lane] : 0.0f);
+  scaled = sum_of_warp(lane < kWarps ? merge.scaled[lane] : 0.0f);
+  write_facts(shape, out, sum, scaled, -1);
 }
 
 // ---- kernel ----
 
 __global__ void __launch_bounds__(kThreads, 2)
-    top_logits_kernel(TopLogits* out, const float* logits, const Shape shape, std::byte* scratch,
-                      unsigned* counters) {
+    top_logits_kernel(TopLogits* out, const float* logits, const float* factors, const Shape shape,
+                      std::byte* scratch, unsigned* counters) {
   let_next_kernel_start();
   Merge& merge = *reinterpret_cast<Merge*>(shared_memory());
   const int row = block_index() / shape.n_blocks;
   const Line line = line_of(const_cast<float*>(logits), row * shape.stride, shape.vocab, false);
   const Parts parts = parts_of(shape, scratch, row);
   wait_for_previous_kernel();
-  sum_up(shape, line, parts, (block_index() - row * shape.n_blocks) * shape.slices);
+  const float factor = factors == nullptr ? 1.0f : factors[row];
+  sum_up(shape, line, parts, (block_index() - row * shape.n_blocks) * shape.slices, factor);
   sync_block();
   if (thread_index() == 0) {
     fence_blocks();  // what the whole block wrote: it met before
@@ -484,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   sync_block();
   if (merge.arrived != static_cast<unsigned>(shape.n_blocks) - 1) return;
   if (thread_index() == 0) counters[row] = 0;
-  merge_row(merge, shape, line, parts, out[row]);
+  merge_row(merge, shape, line, parts, factor, out[row]);
 }
 
 // ---- choose and launch ----
@@ -516,8 +538,9 @@ std::size_t top_logits_scratch_bytes(int n_rows, int vocab) {
   return static_cast<std::size_t>(n_rows) * static_cast<std::size_t>(shape.n_slices) * kSliceBytes;
 }
 
-void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_rows, int vocab,
-                std::byte* scratch, unsigned* counters, cudaStream_t stream) {
+void top_logits(TopLogits* out, const float* logits, std::int64_t stride, const float* factors,
+                int n_rows, int vocab, std::byte* scratch, unsigned* counters,
+                cudaStream_t stream) {
   if (n_rows <= 0) return;
   require(vocab > 0 && vocab <= kMostVocab, "a vocabulary has 1 to 2^30 tokens");
   require(reinterpret_cast<std::uintptr_t>(scratch) % 16 == 0, "scratch is aligned to 16 bytes");
@@ -531,7 +554,7 @@ void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_
   how.shared_bytes = sizeof(Merge);
   how.stream = stream;
   how.overlaps = true;
-  launch("top_logits", top_logits_kernel, how, out, logits, shape, scratch, counters);
+  launch("top_logits", top_logits_kernel, how, out, logits, factors, shape, scratch, counters);
 }
 
 }  // namespace camelid::cuda

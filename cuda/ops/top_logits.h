@@ -15,17 +15,19 @@ constexpr int kMostTop = 128;
 struct TopLogits {
   float logits[kMostTop];  // best first
   std::int32_t tokens[kMostTop];
-  float sum;                // of exp(logit - logits[0]) over the row, in float32 sums of parts
+  // Over the row, in float32 sums of parts.
+  float sum;                // of exp(logit - logits[0])
+  float scaled_sum;         // of exp((logit - logits[0]) * factor)
   std::int32_t n;           // min(kMostTop, vocab)
   std::int32_t not_finite;  // the first id whose logit is not finite, -1 where all are
-  std::int32_t padding;
 };
 
 std::size_t top_logits_scratch_bytes(int n_rows, int vocab);
 
-// out[n_rows] from logits float32 [n_rows][stride]. `counters`: n_rows of them, 0 between launches.
+// out[n_rows] from logits float32 [n_rows][stride] and factors [n_rows], 1 / temperature above 0.
+// Null: 1. `counters`: n_rows of them, 0 between launches.
 // The same bits every time. Waits for nothing.
-void top_logits(TopLogits* out, const float* logits, std::int64_t stride, int n_rows, int vocab,
-                std::byte* scratch, unsigned* counters, cudaStream_t stream);
+void top_logits(TopLogits* out, const float* logits, std::int64_t stride, const float* factors,
+                int n_rows, int vocab, std::byte* scratch, unsigned* counters, cudaStream_t stream);
 
 }  // namespace camelid::cuda

@@ -55,8 +55,11 @@ constexpr int kSubtiles = 2;   // of 64 rows, for each of them
 constexpr int kSubtileTiles = 4;
 constexpr int kBlockTiles = kConsumers * kSubtiles * kSubtileTiles;  // row tiles: 256 rows
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kProducerRegisters = 48;
-constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 48 = 65536
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+// More, and the last to take some would wait forever.
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (kConsumers + 1) * registers_at_start(kThreads));
 constexpr int kRowBytes = kTileInputs * 2;
 constexpr int kTokensBytes = kTileTokens * kRowBytes;  // of 64 inputs
 constexpr int kChunkSteps = kChunkInputs / kStepInputs;
@@ -164,7 +167,7 @@ __device__ __forceinline__ void copy_row_tiles(std::byte* to, const std::byte* f
   constexpr int kAll = kBlockTiles * kPieces;
   const int thread = thread_index();
   to += thread * 16;
-#pragma unroll 4
+#pragma unroll 2
   for (int first = 0; first < kAll; first += kWarpgroup) {
     if (kAll < kWarpgroup && thread >= kAll) break;
     const int row_tile = thread / kPieces + first / kPieces;

@@ -87,39 +87,49 @@ __device__ __forceinline__ Rows advance(Rows rows, int n_bytes) {
   return rows + static_cast<Rows>(n_bytes / 16);
 }
 
+// Describes b to multiply_columns_async: rows of 64 bf16 again, but one for each input of the
+// product, with the inputs' values for its first 64 columns; those for the next 64 lie panel_bytes
+// further, and so on. Advancing by 2048 is to the next 16 inputs. Bits 16-29 of the descriptor have
+// panel_bytes / 16, the "leading dimension byte offset"; the other half is the same: eight inputs
+// are 1024 bytes. Source: make_gmma_desc<Major::MN> in CUTLASS's cute/atom/mma_traits_sm90_gmma.hpp,
+// whose canonical layout B128 is ((8,8,m),(8,k)) : ((1,8,LBO),(64,SBO)) in columns and inputs.
+__device__ inline Rows describe_columns(const void* shared, int panel_bytes) {
+  return describe_rows(shared) | static_cast<Rows>(panel_bytes / 16) << 16;
+}
+
 namespace hopper {
 
-template <int kColumns>
+using cute::SM90::GMMA::Major;
+
+template <int kColumns, Major kMajor>
 struct Product;
-template <>
-struct Product<64> {
-  using Type = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,
-                                                             cute::SM90::GMMA::Major::K>;
+template <Major kMajor>
+struct Product<64, kMajor> {
+  using Type = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<Major::K, kMajor>;
 };
-template <>
-struct Product<128> {
-  using Type = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,
-                                                              cute::SM90::GMMA::Major::K>;
+template <Major kMajor>
+struct Product<128, kMajor> {
+  using Type = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, kMajor>;
 };
-template <>
-struct Product<256> {
-  using Type = cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,
-                                                              cute::SM90::GMMA::Major::K>;
+template <Major kMajor>
+struct Product<256, kMajor> {
+  using Type = cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_RS<Major::K, kMajor>;
 };
 
-template <int kColumns, std::size_t... kIndex>
+template <int kColumns, Major kMajor, std::size_t... kIndex>
 __device__ __forceinline__ void multiply(float (&d)[kColumns / 2], const std::uint32_t (&a)[4],
                                          Rows b, bool add,
                                          std::index_sequence<kIndex...> /*of d*/) {
   using cute::SM90::GMMA::ScaleOut;
   const std::uint64_t rows = std::uint64_t{kRowsUpper} << 32 | b;
-  Product<kColumns>::Type::fma(a[0], a[1], a[2], a[3], rows, d[kIndex]...,
-                               add ? ScaleOut::One : ScaleOut::Zero);
+  Product<kColumns, kMajor>::Type::fma(a[0], a[1], a[2], a[3], rows, d[kIndex]...,
+                                       add ? ScaleOut::One : ScaleOut::Zero);
 }
 
 }  // namespace hopper
 
-// Between a thread's own changes of a and d and the next product.
+// Between a thread's own accesses of a and d, after a wait above all, and the next product. Products
+// that add to the same d one after the other need it once.
 __device__ inline void start_products() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
@@ -131,7 +141,16 @@ __device__ inline void start_products() {
 template <int kColumns>
 __device__ __forceinline__ void multiply_async(float (&d)[kColumns / 2],
                                                const std::uint32_t (&a)[4], Rows b, bool add) {
-  hopper::multiply<kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>());
+  hopper::multiply<kColumns, hopper::Major::K>(d, a, b, add,
+                                               std::make_index_sequence<kColumns / 2>());
+}
+// The same, b described by describe_columns().
+template <int kColumns>
+__device__ __forceinline__ void multiply_columns_async(float (&d)[kColumns / 2],
+                                                       const std::uint32_t (&a)[4], Rows b,
+                                                       bool add) {
+  hopper::multiply<kColumns, hopper::Major::MN>(d, a, b, add,
+                                                std::make_index_sequence<kColumns / 2>());
 }
 
 // Closes the group of products since the last call.
@@ -153,6 +172,10 @@ __device__ __forceinline__ void hold(float (&d)[kValues]) {
 }
 
 // ---- registers ----
+
+// What each thread of a block alone on its multiprocessor begins with, if it is compiled for that:
+// an even share of 64 K. It is all there is to give and to take.
+constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8; }
 
 // By all warps of a warpgroup: its threads keep kRegisters, a multiple of 8, from here on. Those
 // who take more wait until others gave enough.

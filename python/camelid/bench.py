@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "Row", "cases", "measure"]
 
-STEP_TOKENS = 512
-
 
 @dataclass(frozen=True)
 class Case:
@@ -93,13 +91,26 @@ def measure(
     what: list[Case],
     *,
     repeats: int,
+    step_tokens: int = 512,
+    feeds_back: bool = False,
     progress: Callable[[], object] = lambda: None,
 ) -> Iterator[Row]:
-    """Yield a row for each case, after one run of it that does not count."""
+    """Yield a row for each case, after one run of it that does not count.
+
+    Args:
+        core: A loaded engine.
+        vocab_size: Of its model.
+        what: What to measure.
+        repeats: Runs of each case.
+        step_tokens: Most tokens of a prompt in one step.
+        feeds_back: Whether answers go on with what was sampled, which a GPU starts before it is
+            asked to. Else with random tokens, which cost no sampling.
+        progress: Called after each run.
+    """
     for case in what:
         seconds: list[float] = []
         while len(seconds) <= repeats:
-            with _context(core, vocab_size, case) as context:
+            with _context(core, vocab_size, case, step_tokens, feeds_back) as context:
                 for _ in range(case.runs_per_context(repeats + 1)):
                     seconds.append(context.run())
                     progress()
@@ -115,19 +126,37 @@ class _Context:
     sequences: list[int]
     prompt: NDArray[np.int32]  # [n_prompt]
     answer: NDArray[np.int32]  # [n_answer, n_batch]
+    step_tokens: int
+    feeds_back: bool
 
     def run(self) -> float:
         """Return the seconds of one run."""
         started = time.perf_counter()
         if self.case.n_prompt:
-            _read(self.core, self.sequences[0], self.prompt)
+            _read(self.core, self.sequences[0], self.prompt, self.step_tokens)
         else:
-            _write(self.core, self.sequences, self.answer)
+            self._write()
         return time.perf_counter() - started
+
+    def _write(self) -> None:
+        """Run one step for each row of the answer, sampling as if it mattered.
+
+        The likeliest token is never fed back: a model of random weights soon says the same in every
+        sequence, and all would go to one expert.
+        """
+        each = np.array(self.sequences, np.int64)
+        ones, outputs = np.ones(len(each), np.int32), np.ones(len(each), np.uint8)
+        for row in self.answer:
+            tokens = self.answer[0] if self.feeds_back else row
+            result = self.core.step(each, ones, tokens, outputs)
+            if self.feeds_back:  # also to the next run
+                self.answer[0] = [sampled.token for sampled in result.sampled]
 
 
 @contextmanager
-def _context(core: _core.Engine, vocab_size: int, case: Case) -> Iterator[_Context]:
+def _context(
+    core: _core.Engine, vocab_size: int, case: Case, step_tokens: int, feeds_back: bool
+) -> Iterator[_Context]:
     """Open the sequences of a case and read what comes before the measured part."""
     from camelid import _core
 
@@ -140,22 +169,27 @@ def _context(core: _core.Engine, vocab_size: int, case: Case) -> Iterator[_Conte
         sequences=[],
         prompt=rng.integers(0, vocab_size, case.n_prompt, np.int32),
         answer=rng.integers(0, vocab_size, (case.n_answer, case.n_batch), np.int32),
+        step_tokens=step_tokens,
+        feeds_back=feeds_back,
     )
     try:
         for place in range(case.n_batch):  # one by one: each that is open will be closed
-            context.sequences.append(core.open_sequence(_core.SamplerParams(temperature=0.0)))
+            params = _core.SamplerParams(temperature=0.0)
+            if feeds_back:  # of so many that sequences differ, and not more than a GPU looks at
+                params = _core.SamplerParams(temperature=1.0, top_k=100, seed=place)
+            context.sequences.append(core.open_sequence(params))
             if n_before:
-                _read(core, context.sequences[place], before[place])
+                _read(core, context.sequences[place], before[place], step_tokens)
         yield context
     finally:
         for sequence in context.sequences:
             core.close_sequence(sequence)
 
 
-def _read(core: _core.Engine, sequence: int, tokens: NDArray[np.int32]) -> None:
+def _read(core: _core.Engine, sequence: int, tokens: NDArray[np.int32], step_tokens: int) -> None:
     """Run a prompt in steps, sampling after its last token."""
-    for first in range(0, len(tokens), STEP_TOKENS):
-        piece = tokens[first : first + STEP_TOKENS]
+    for first in range(0, len(tokens), step_tokens):
+        piece = tokens[first : first + step_tokens]
         last = first + len(piece) == len(tokens)
         core.step(
             np.array([sequence], np.int64),
@@ -163,15 +197,3 @@ def _read(core: _core.Engine, sequence: int, tokens: NDArray[np.int32]) -> None:
             np.ascontiguousarray(piece),
             np.array([1 if last else 0], np.uint8),
         )
-
-
-def _write(core: _core.Engine, sequences: list[int], tokens: NDArray[np.int32]) -> None:
-    """Run one step for each row of tokens [n_steps, n_batch], sampling as if it mattered.
-
-    What is sampled is not fed back: a model of random weights soon says the same in every sequence,
-    and all would go to one expert.
-    """
-    each = np.array(sequences, np.int64)
-    ones, outputs = np.ones(len(each), np.int32), np.ones(len(each), np.uint8)
-    for row in tokens:
-        core.step(each, ones, row, outputs)

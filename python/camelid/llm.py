@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM"]
 
-_MAX_STEP_TOKENS = 512
 _MAX_RUNNING = 64
 
 
@@ -78,9 +77,9 @@ class LLM:
         weights: "auto" as stored, "bf16", "int8" or "int4"; embeddings and router are never made
             smaller than bf16, the head only by `head`.
             A vision tower stays as stored but for "bf16".
-        compute: "exact" multiplies float32 activations (CPU only; a GPU multiplies bf16); "fast" int8 ones by INT4 and INT8 weights,
-            and bf16 ones by bf16 weights where the processor can; auto is fast from 64 MiB of INT4
-            and INT8 weights on.
+        compute: "exact" multiplies float32 activations, on the CPU alone; "fast" int8 ones by INT4
+            and INT8 weights, and bf16 ones by bf16 weights where the processor can. "auto" is fast
+            from 64 MiB of INT4 and INT8 weights on. A GPU always multiplies bf16.
         head: "stored", or "int8" for a plain output head; auto is int8 where fast meets INT4
             weights.
         kv_cache: "auto", "f32", "bf16", "int8", or on a GPU "fp8"; auto is f32 where compute is
@@ -153,14 +152,14 @@ class LLM:
             self._image_inputs = ImageInputs.from_options(
                 self._folder, self._config.vision, options
             )
-            loaded = load(checkpoint, options, max_step_tokens=_MAX_STEP_TOKENS, progress=progress)
+            loaded = load(checkpoint, options, progress=progress)
         self._end_ids = frozenset(self._config.eos_ids)
         if self._tokenizer is not None:
             self._end_ids |= self._tokenizer.eos_ids
         self._device = loaded.core.describe()
         self._limits = Limits.of(loaded.core, most_tokens)
         self._loop = EngineLoop(
-            loaded.core, max_step_tokens=_MAX_STEP_TOKENS, max_running=_MAX_RUNNING
+            loaded.core, max_step_tokens=loaded.plan.step_tokens, max_running=_MAX_RUNNING
         )
         cache = FeatureCache(loaded.image_cache_bytes)
         self._image_encoder = ImageEncoder(self._loop, self._config, cache)

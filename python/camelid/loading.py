@@ -74,7 +74,11 @@ def find_folder(model: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    checkpoint: Checkpoint, options: LoadOptions, *, max_step_tokens: int, progress: bool = False
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    *,
+    max_step_tokens: int | None = None,
+    progress: bool = False,
 ) -> Loaded:
     """Check, plan and pack a checkpoint; nothing is kept when any of it fails.
 
@@ -102,7 +106,7 @@ def load(
         fast=plan.compute == "fast",
         int8_head=plan.head == "int8",
         memory_bytes=options.memory or 0,
-        max_step_tokens=max_step_tokens,
+        max_step_tokens=plan.step_tokens if max_step_tokens is None else max_step_tokens,
         on_packed=releaser,
     )
     limit = core.available_bytes()

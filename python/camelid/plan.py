@@ -20,6 +20,10 @@ __all__ = ["LoadPlan", "image_cache_bytes", "make_plan", "require_fit"]
 FAST_FROM_BYTES = 64 << 20
 # Encoded images "auto" remembers: 90 tiles of the released models, 5 photos at their largest.
 IMAGE_CACHE_BYTES = 256 << 20
+# Most tokens of a step. A GPU reads all experts in each step of a prompt, and only from about 50
+# tokens of each expert on do products take longer: 800 tokens of 16 experts, evenly spread.
+STEP_TOKENS = 512
+GPU_STEP_TOKENS = 4096
 _SMALLER = ("bf16", "int8", "int4")  # values of weights=, the most exact first
 
 
@@ -31,6 +35,7 @@ class LoadPlan:
     compute: str  # exact | fast
     head: str  # stored | int8
     kv_cache: str
+    step_tokens: int = STEP_TOKENS  # most tokens of one step
 
 
 def make_plan(checkpoint: Checkpoint, options: LoadOptions, *, on_gpu: bool = False) -> LoadPlan:
@@ -69,7 +74,7 @@ def _plan_for_gpu(report: Report, options: LoadOptions) -> LoadPlan:
     if head == "auto":
         head = "int8" if _is_int4(report, weights) else "stored"
     kv_cache = "bf16" if options.kv_cache == "auto" else options.kv_cache
-    return LoadPlan(weights, "fast", head, kv_cache)
+    return LoadPlan(weights, "fast", head, kv_cache, GPU_STEP_TOKENS)
 
 
 def _is_int4(report: Report, weights: str) -> bool:

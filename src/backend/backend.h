@@ -11,9 +11,12 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "base/top_logits.h"
 #include "quant/format.h"
 
 namespace camelid {
+
+class Clock;
 
 // Device memory that frees itself. On the CPU untouched pages cost nothing.
 struct Buffer {
@@ -71,7 +74,8 @@ struct StepPlan {
   std::span<const std::int32_t> rows;    // what select_rows() selects
   KvPlan local;
   KvPlan global;
-  std::vector<float> query_scale;  // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> query_scale;     // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> sampling_scale;  // [rows]: 1 / temperature of sampling, for find_top()
 };
 
 // What distinguishes one layer's attention from another's.
@@ -124,6 +128,7 @@ class Backend {
   virtual Buffer upload(std::span<const float> values) = 0;
   // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
   virtual void prepare(Experts& experts) = 0;
+  virtual std::unique_ptr<Clock> make_clock() = 0;  // of the calls from here on
 
   // Starts a step; `plan` outlives it. False where the calls up to end() need not be made: they were
   // recorded at an earlier step of the same kind, and end() makes them again.
@@ -146,6 +151,11 @@ class Backend {
   virtual void select_rows(Tensor y, Tensor x) = 0;           // y[i] = x[plan.rows[i]]
   virtual void upload_rows(Tensor y, const float* rows) = 0;  // [n_rows, dim] float32
   virtual void download(float* out, Tensor x) = 0;            // [n_rows, dim] float32, waits
+  // Backends whose memory the host cannot read: find_top() looks at the logits of the plan's rows,
+  // and top() waits for what it found; it holds until the next find_top().
+  virtual bool finds_top() const = 0;
+  virtual void find_top(Tensor logits) = 0;
+  virtual std::vector<TopLogits> top() = 0;
 };
 
 struct BackendOptions {

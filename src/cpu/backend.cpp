@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/clock.h"
 #include "base/arena.h"
 #include "base/error.h"
 #include "cpu/experts.h"
@@ -73,6 +74,7 @@ class CpuBackend final : public Backend {
   }
 
   void prepare(Experts&) override {}
+  std::unique_ptr<Clock> make_clock() override { return std::make_unique<HostClock>(); }
 
   bool begin(const StepPlan& plan) override {
     plan_ = &plan;
@@ -93,6 +95,9 @@ class CpuBackend final : public Backend {
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
+  bool finds_top() const override { return false; }  // reading all logits is as fast
+  void find_top(Tensor) override {}
+  std::vector<TopLogits> top() override { return {}; }
 
  private:
   const KvPlan& plan_of(const AttentionLayer& layer) const {

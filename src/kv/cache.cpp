@@ -94,7 +94,7 @@ std::int64_t KvCache::left_in_chunk(std::int64_t sequence) const {
   return chunk_ - index_in_chunk(find(sequence).position);
 }
 
-void KvCache::check_capacity(std::span<const SequenceSlice> slices) const {
+std::size_t KvCache::bytes_with(std::span<const SequenceSlice> slices) const {
   std::size_t needed = budget_.used_bytes;
   for (const SequenceSlice& slice : slices) {
     const Sequence& s = find(slice.sequence);
@@ -109,11 +109,17 @@ void KvCache::check_capacity(std::span<const SequenceSlice> slices) const {
       most_local =
           std::max(most_local, pages_for(std::min(index + slice.n_tokens - chunk_, chunk_)));
     }
-    needed += static_cast<std::size_t>(pages_for(s.position + slice.n_tokens) - held_global) *
+    const std::int64_t most_global = pages_for(s.position + slice.n_tokens);
+    needed += static_cast<std::size_t>(std::max<std::int64_t>(most_global - held_global, 0)) *
               global_.page_bytes();
     needed += static_cast<std::size_t>(std::max<std::int64_t>(most_local - held_local, 0)) *
               local_.page_bytes();
   }
+  return needed;
+}
+
+void KvCache::check_capacity(std::span<const SequenceSlice> slices) const {
+  const std::size_t needed = bytes_with(slices);
   if (needed > budget_.limit_bytes) {
     fail(ErrorCode::kCapacity, "[kv] the step needs ", needed, " bytes of KV pages, ",
          budget_.limit_bytes, " exist. Raise memory=, or run fewer or shorter sequences.");

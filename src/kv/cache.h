@@ -48,6 +48,9 @@ class KvCache {
   // Throws kCapacity, before anything changes, when the pages for all `slices` (whole, chunks
   // crossed included) do not fit the budget.
   void check_capacity(std::span<const SequenceSlice> slices) const;
+  bool fits(std::span<const SequenceSlice> slices) const {
+    return bytes_with(slices) <= budget_.limit_bytes;
+  }
 
   // Takes the pages of `slices` and says where each row goes. The plans point into the page lists:
   // they hold until the next call on this cache. tokens and query_scale are left to the caller.
@@ -68,6 +71,7 @@ class KvCache {
   Sequence& find(std::int64_t sequence);
   std::int64_t index_in_chunk(std::int64_t position) const;
   std::int64_t pages_for(std::int64_t n_tokens) const;
+  std::size_t bytes_with(std::span<const SequenceSlice> slices) const;  // used then, at most
   void plan_spans(KvPlan& plan, std::span<const SequenceSlice> slices, bool local);
 
   KvCacheOptions options_;

@@ -29,10 +29,10 @@ Llama4::Llama4(Backend& backend, const ModelConfig& config, const Weights& weigh
   }
 }
 
-void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> features, float* logits) {
+void Llama4::start(const StepPlan& plan, std::span<const EmbeddingRun> features) {
   const auto n_tokens = static_cast<std::int64_t>(plan.tokens.size());
   const auto n_rows = static_cast<std::int64_t>(plan.rows.size());
-  Rows rows;
+  Rows& rows = rows_;
   rows.x = rows_of(hidden_, n_tokens, config_.dim, Role::kSum);
   rows.h = rows_of(normed_, n_tokens, config_.dim, Role::kOperand);
   rows.qkv = rows_of(qkv_, n_tokens, config_.qkv_dim(), Role::kSum);
@@ -41,7 +41,12 @@ void Llama4::forward(const StepPlan& plan, std::span<const EmbeddingRun> feature
   rows.logits = rows_of(logits_, n_rows, config_.vocab_size, Role::kSum);
   if (backend_.begin(plan)) run(rows, features);
   backend_.end();
-  if (n_rows > 0) backend_.download(logits, rows.logits);
+}
+
+void Llama4::download_logits(std::int64_t first_row, std::int64_t n_rows, float* out) {
+  if (n_rows == 0) return;
+  backend_.download(
+      out, slice(rows_.logits, first_row, n_rows, backend_.element_bytes(rows_.logits.role)));
 }
 
 void Llama4::run(const Rows& rows, std::span<const EmbeddingRun> features) {
@@ -74,6 +79,7 @@ void Llama4::run(const Rows& rows, std::span<const EmbeddingRun> features) {
   backend_.select_rows(rows.last, x);
   backend_.norm(normed, rows.last, weights_.final_norm(), config_.rms_norm_eps);
   backend_.matmul(rows.logits, normed, weights_.head());
+  backend_.find_top(rows.logits);
 }
 
 std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {

@@ -21,9 +21,13 @@ class Llama4 {
  public:
   Llama4(Backend& backend, const ModelConfig& config, const Weights& weights);
 
-  // Runs `plan`, some of whose tokens' embeddings `features` replace, and writes float32 logits
-  // [plan.rows.size(), vocab_size].
-  void forward(const StepPlan& plan, std::span<const EmbeddingRun> features, float* logits);
+  // Starts `plan`, some of whose tokens' embeddings `features` replace. What it points to may go when
+  // this returns.
+  void start(const StepPlan& plan, std::span<const EmbeddingRun> features);
+  // The best logits of the rows of the plan that was started last. Waits for them.
+  std::vector<TopLogits> top() { return backend_.top(); }
+  // Float32 logits [n_rows, vocab_size] of some of those rows. Waits for them.
+  void download_logits(std::int64_t first_row, std::int64_t n_rows, float* out);
 
   // Bytes of activations a step of `n_tokens` needs beside the backend's own scratch.
   std::size_t workspace_bytes(std::int64_t n_tokens) const;
@@ -41,6 +45,7 @@ class Llama4 {
   const ModelConfig& config_;
   const Weights& weights_;
   std::vector<AttentionLayer> attention_;  // [n_layers]
+  Rows rows_;                              // of the step started last
   Buffer hidden_, normed_, qkv_, attended_, last_, logits_;
 };
 

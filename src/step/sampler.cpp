@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <string_view>
 #include <utility>
 
@@ -213,16 +214,20 @@ double Sampler::uniform() const {
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-std::int32_t Sampler::draw(std::span<float> logits) const {
+std::int32_t Sampler::draw(std::span<float> logits, const Rest* rest) const {
   const std::size_t best_of_all = find_largest(logits);
   if (params_.temperature == 0.0f) return static_cast<std::int32_t>(best_of_all);
 
   const double best = logits[best_of_all];
   const double temperature = params_.temperature;
   const double by_min_p = std::log(static_cast<double>(params_.min_p));  // -infinity for 0
-  drop_unlikely(logits, best, temperature, std::max(by_min_p, kLeastRelative));
+  const double least = std::max(by_min_p, kLeastRelative);
+  bool lacks = rest != nullptr && rest->most >= best + temperature * least;
+  drop_unlikely(logits, best, temperature, least);
   std::vector<float> weights(logits.size());
   if (params_.top_k > 0) {
+    if (lacks && static_cast<std::size_t>(params_.top_k) > logits.size()) return -1;
+    lacks = false;
     for (std::size_t i = 0; i < logits.size(); ++i) weights[i] = logits[i] != kNever;
     keep_best(logits, weights, params_.top_k);
   }
@@ -230,6 +235,11 @@ std::int32_t Sampler::draw(std::span<float> logits) const {
   for (std::size_t i = 0; i < logits.size(); ++i) {
     weights[i] = std::exp(static_cast<float>((logits[i] - best) / temperature));
     total += weights[i];
+  }
+  if (lacks) {  // top-p counts what min-p leaves, and of the rest that is not known
+    const bool known = params_.min_p == 0.0f && params_.top_p < 1.0f;
+    if (!known || total < params_.top_p * rest->total) return -1;
+    total = rest->total;
   }
   if (params_.top_p < 1.0f) total = keep_best(logits, weights, params_.top_p * total);
 
@@ -246,17 +256,60 @@ Sampled Sampler::sample(std::span<const float> logits) {
   std::vector<float> adjusted(logits.begin(), logits.end());
   apply_rules(adjusted);
   Sampled sampled;
-  sampled.token = draw(adjusted);
+  sampled.token = draw(adjusted, nullptr);
   if (params_.n_logprobs >= 0) {
     const double normaliser = log_sum_exp(logits);
     sampled.logprob =
         static_cast<float>(logits[static_cast<std::size_t>(sampled.token)] - normaliser);
     sampled.top = most_likely(logits, normaliser, params_.n_logprobs);
   }
+  finish(sampled);
+  return sampled;
+}
+
+bool Sampler::penalises() const {
+  return params_.repetition_penalty != 1.0f || params_.presence_penalty != 0.0f ||
+         params_.frequency_penalty != 0.0f;
+}
+
+void Sampler::finish(Sampled& sampled) {
   ++n_sampled_;
-  const bool penalised = params_.repetition_penalty != 1.0f || params_.presence_penalty != 0.0f ||
-                         params_.frequency_penalty != 0.0f;
-  if (penalised) ++counts_[sampled.token];
+  if (penalises()) ++counts_[sampled.token];
+}
+
+std::optional<Sampled> Sampler::sample(const TopLogits& top) {
+  if (top.not_finite >= 0) return Sampled{-1, 0.0f, {}, top.not_finite};
+  const std::size_t n = top.tokens.size();
+  const bool has_rest = n < static_cast<std::size_t>(vocab_size_);
+  // Rules change logits of tokens that may not be among these.
+  const bool has_rules = penalises() || !params_.logit_bias.empty() || !params_.banned.empty();
+  if (has_rules || params_.n_logprobs > static_cast<int>(n)) return std::nullopt;
+
+  std::vector<std::size_t> by_id(n);  // draw() goes through tokens in this order
+  std::iota(by_id.begin(), by_id.end(), std::size_t{0});
+  std::sort(by_id.begin(), by_id.end(),
+            [&](std::size_t a, std::size_t b) { return top.tokens[a] < top.tokens[b]; });
+  std::vector<float> logits(n);
+  std::transform(by_id.begin(), by_id.end(), logits.begin(),
+                 [&](std::size_t i) { return top.logits[i]; });
+  const Rest rest{top.logits.back(), top.scaled_sum};
+  const std::int32_t drawn = draw(logits, has_rest ? &rest : nullptr);
+  if (drawn < 0) return std::nullopt;
+
+  const std::size_t index = by_id[static_cast<std::size_t>(drawn)];
+  Sampled sampled;
+  sampled.token = top.tokens[index];
+  if (params_.n_logprobs >= 0) {
+    const double normaliser = top.logits.front() + std::log(top.sum);
+    const auto logprob = [&](std::size_t i) {
+      return static_cast<float>(top.logits[i] - normaliser);
+    };
+    sampled.logprob = logprob(index);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(params_.n_logprobs); ++i) {
+      sampled.top.push_back({top.tokens[i], logprob(i)});
+    }
+  }
+  finish(sampled);
   return sampled;
 }
 

@@ -5,10 +5,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "base/top_logits.h"
 
 namespace camelid {
 
@@ -51,11 +54,22 @@ class Sampler {
 
   // logits: [vocab_size].
   Sampled sample(std::span<const float> logits);
+  // The same from the best logits, where they decide; nothing where all have to be looked at.
+  std::optional<Sampled> sample(const TopLogits& top);
+  float temperature() const { return params_.temperature; }
 
  private:
   void check() const;
   void apply_rules(std::span<float> logits) const;
-  std::int32_t draw(std::span<float> logits) const;  // works in place
+  // What lies beyond the logits that draw() sees.
+  struct Rest {
+    float most = 0.0f;   // no logit there is above
+    double total = 0.0;  // of all weights e^((logit - best) / temperature), seen ones too
+  };
+  // The index of the token drawn; -1 where that depends on `rest`. Works in place.
+  std::int32_t draw(std::span<float> logits, const Rest* rest) const;
+  bool penalises() const;
+  void finish(Sampled& sampled);
   double uniform() const;
 
   SamplerParams params_;

@@ -1,20 +1,22 @@
 // C functions over attention of many queries, for tests.
 #include "case.h"
 #include "ops/attention.h"
+#include "sm90/attention_many.h"
 
 using namespace camelid::cuda;
 
 extern "C" {
 
+// As attention_case.cu has it.
 struct CaseMany {
   std::int32_t page_size, n_layers, n_kv_heads, head_dim, format;
-  std::int32_t n_heads, kv_layer, causal, hopper, n_items, multiprocessors;
-  std::int32_t padding;
+  std::int32_t kv_layer, n_heads, causal, multiprocessors;
   std::int64_t q_stride, y_stride;
 };
 
-int case_attend_many(const CaseMany* c, std::byte* pool, const AttentionItem* items,
-                     const std::int32_t* page_table, const std::uint16_t* q, std::uint16_t* y) {
+int case_attend_many(const CaseMany* c, std::int32_t hopper, std::int32_t n_items, std::byte* pool,
+                     const AttentionItem* items, const std::int32_t* page_table,
+                     const std::uint16_t* q, std::uint16_t* y) {
   return caught([&] {
     Attention call;
     call.pool.base = pool;
@@ -29,7 +31,7 @@ int case_attend_many(const CaseMany* c, std::byte* pool, const AttentionItem* it
     call.q_stride = c->q_stride;
     call.y = y;
     call.y_stride = c->y_stride;
-    attend_many(call, c->n_items, c->multiprocessors, stream);
+    (hopper != 0 ? sm90::attend_many : attend_many)(call, n_items, c->multiprocessors, stream);
   });
 }
 

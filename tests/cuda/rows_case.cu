@@ -105,7 +105,7 @@ int case_store_kv(const CaseKv* c) {
 }
 
 // sizes: bytes of a page, of a side, of a row, and from a side to its scales.
-void case_kv_sizes(const CaseKv* c, std::int64_t* sizes) {
+void case_store_kv_sizes(const CaseKv* c, std::int64_t* sizes) {
   const KvShape shape = kv_shape_of(*c);
   sizes[0] = shape.page_bytes();
   sizes[1] = shape.side_bytes();
@@ -131,11 +131,11 @@ std::int64_t case_top_logits_bytes(int n_rows, int vocab) {
   return static_cast<std::int64_t>(top_logits_scratch_bytes(n_rows, vocab));
 }
 
-int case_top_logits(void* out, const float* logits, std::int64_t stride, int n_rows, int vocab,
-                    std::byte* scratch, unsigned* counters) {
+int case_top_logits(void* out, const float* logits, std::int64_t stride, const float* factors,
+                    int n_rows, int vocab, std::byte* scratch, unsigned* counters) {
   return caught([&] {
-    top_logits(static_cast<TopLogits*>(out), logits, stride, n_rows, vocab, scratch, counters,
-               stream);
+    top_logits(static_cast<TopLogits*>(out), logits, stride, factors, n_rows, vocab, scratch,
+               counters, stream);
   });
 }
 

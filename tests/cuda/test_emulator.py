@@ -128,8 +128,11 @@ def test_shuffles_exchange_within_warps(emulated: ctypes.CDLL, seed: int) -> Non
 
 def test_load_matrices_gives_pairs_of_rows(emulated: ctypes.CDLL) -> None:
     x, y = np.arange(32 * 8, dtype=np.uint16).reshape(4, 8, 8), np.zeros((32, 4), np.uint32)
-    call(emulated, "test_load_fragments", x, y, seed=1)
+    call(emulated, "test_load_fragments", 0, x, y, seed=1)
     pairs = x.view(np.uint32)  # [matrix][row][4]
+    np.testing.assert_array_equal(y, pairs.reshape(4, 32).T)
+    call(emulated, "test_load_fragments", 1, x, y, seed=1)
+    pairs = np.ascontiguousarray(x.swapaxes(1, 2)).view(np.uint32)  # [matrix][column][4]
     np.testing.assert_array_equal(y, pairs.reshape(4, 32).T)
 
 

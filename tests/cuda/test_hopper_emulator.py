@@ -37,6 +37,19 @@ def test_products_are_exact_in_every_order(columns: int, seed: int) -> None:
     np.testing.assert_array_equal(d, expected)
 
 
+@pytest.mark.parametrize("columns", [64, 128, 256])
+@pytest.mark.parametrize("n_steps", [1, 4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_products_by_columns_are_exact(columns: int, n_steps: int, seed: int) -> None:
+    rng = np.random.default_rng(columns)
+    a = rng.integers(-8, 9, (n_steps, 64, 16)).astype(np.float32)
+    b = rng.integers(-8, 9, (n_steps, 16, columns)).astype(np.float32)
+    d = np.full((64, columns), np.nan, np.float32)
+    bits = [(values.view(np.uint32) >> 16).astype(np.uint16) for values in (a, b)]
+    call(build(SOURCE), "test_columns", columns, *bits, d, n_steps, seed=seed)
+    np.testing.assert_array_equal(d, np.einsum("srk,skc->rc", a, b))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("bug", "message"),

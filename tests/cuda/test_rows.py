@@ -29,20 +29,12 @@ from cuda_cases import (
     make_matrix,
 )
 from cuda_device import Device, DeviceError, Memory
+from rows_cases import CRows
 
 Array = NDArray[Any]
 F32, BF16_ROWS = 0, 1
 DIMS = [1, 7, 8, 63, 1000, 5120, 20000]
 EPS = 1e-5
-
-
-class CRows(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("n_rows", "dim")),
-        ("stride", ctypes.c_int64),
-        ("bf16", ctypes.c_int32),
-    ]
 
 
 @dataclass

@@ -22,26 +22,12 @@ from cuda_cases import (
     from_bf16,
 )
 from cuda_device import Device, DeviceError, Memory
+from rows_cases import CKv
 
 Array = NDArray[Any]
 BF16, E4M3, INT8 = range(3)
 EPS = 1e-5
 POISON = 0xFE  # of bytes of pages
-
-
-class CKv(ctypes.Structure):
-    _fields_ = [
-        ("base", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("page_size", "n_layers", "n_kv_heads", "head_dim",
-                                              "format", "kv_layer", "n_heads", "n_tokens",
-                                              "qk_norm")),
-        ("eps", ctypes.c_float),
-        ("qkv", ctypes.c_void_p),
-        ("qkv_stride", ctypes.c_int64),
-        ("q", ctypes.c_void_p),
-        ("q_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("places", "rotation", "query_scale")),
-    ]  # fmt: skip
 
 
 @dataclass
@@ -100,7 +86,7 @@ def make_case(
 def sizes_of(device: Device, c: CKv) -> list[int]:
     """Return bytes of a page, of a side, of a row, and from a side to its scales."""
     sizes = (ctypes.c_int64 * 4)()
-    device.library.case_kv_sizes(ctypes.byref(c), sizes)
+    device.library.case_store_kv_sizes(ctypes.byref(c), sizes)
     return list(sizes)
 
 

@@ -17,7 +17,7 @@ MOST = 128
 LLAMA = 202_048
 TOP = np.dtype(
     [("logits", np.float32, MOST), ("tokens", np.int32, MOST), ("sum", np.float32),
-     ("n", np.int32), ("not_finite", np.int32), ("padding", np.int32)]
+     ("scaled_sum", np.float32), ("n", np.int32), ("not_finite", np.int32)]
 )  # fmt: skip
 # Of exp, twice for each term; those far below the best, where exp_fast is worse, count for little.
 SUM_ERROR = 2.0**-17
@@ -34,16 +34,23 @@ def run(device: Device, logits: Array, *, padding: int = 0, times: int = 1) -> A
     scratch = device.put(np.full(scratch_bytes(n_rows, vocab), 0xFF, np.uint8))
     counters = device.put(np.zeros(n_rows, np.uint32))
     at = device.put(rows)
+    factors = device.put(factors_of(logits))
     for _ in range(times):
-        device.call("case_top_logits", out, at, ctypes.c_int64(vocab + padding), n_rows, vocab,
-                    scratch, counters)  # fmt: skip
+        device.call("case_top_logits", out, at, ctypes.c_int64(vocab + padding), factors,
+                    n_rows, vocab, scratch, counters)  # fmt: skip
         assert not counters.read().any()
     return out.read().view(TOP)
 
 
+def factors_of(logits: Array) -> NDArray[np.float32]:
+    """Return what the differences of each row's logits are multiplied by: 0.5 to 2, by the row."""
+    bits = np.ascontiguousarray(logits, np.float32).view(np.uint32)
+    return (0.5 + 0.25 * (bits.sum(axis=1, dtype=np.uint64) % 7)).astype(np.float32)
+
+
 def check(found: Array, logits: Array) -> None:
     assert len(found) == len(logits)
-    for one, row in zip(found, logits, strict=True):
+    for one, row, factor in zip(found, logits, factors_of(logits), strict=True):
         n = min(MOST, len(row))
         order = np.argsort(-row, kind="stable")[:n]
         assert one["not_finite"] == -1
@@ -52,6 +59,8 @@ def check(found: Array, logits: Array) -> None:
         np.testing.assert_array_equal(one["logits"][:n], row[order])
         exact = np.exp(row.astype(np.float64) - row.max()).sum()
         assert abs(one["sum"] - exact) <= SUM_ERROR * exact
+        scaled = np.exp((row.astype(np.float64) - row.max()) * factor).sum()
+        assert abs(one["scaled_sum"] - scaled) <= SUM_ERROR * max(1, factor) * scaled
 
 
 def random_logits(seed: int, n_rows: int, vocab: int) -> NDArray[np.float32]:
@@ -168,5 +177,5 @@ def test_other_vocabularies_are_refused(device: Device) -> None:
     memory = device.put(np.zeros(4096, np.float32))
     for vocab in (0, 2**30 + 1):
         with pytest.raises(DeviceError, match=r"1 to 2\^30 tokens"):
-            device.call("case_top_logits", memory, memory, ctypes.c_int64(vocab), 1, vocab, memory,
-                        memory)  # fmt: skip
+            device.call("case_top_logits", memory, memory, ctypes.c_int64(vocab), memory, 1, vocab,
+                        memory, memory)  # fmt: skip

@@ -232,6 +232,30 @@ def test_bench_reads_a_long_depth_once() -> None:
     assert all([entry[1:] for entry in step] == [(1, 1), (1, 1)] for step in written)
 
 
+def test_bench_goes_on_with_what_was_sampled_if_asked_to() -> None:
+    core = FakeCore()
+    fed: list[list[int]] = []
+    core.before_step = lambda pieces: fed.append(pieces[0])  # type: ignore[method-assign]
+    list(measure(core, VOCAB, [Case(0, 3, depth=30)], repeats=0, feeds_back=True))  # type: ignore[arg-type]
+    assert [len(piece) for piece in fed] == [30, 1, 1, 1]
+    history = [*fed[0], *fed[1]]
+    for piece in fed[2:]:
+        assert piece == [core.says(history)]
+        history += piece
+
+
+def test_bench_reads_a_prompt_in_steps_of_the_size_it_was_told(folder: str, capsys: Any) -> None:
+    core = FakeCore()
+    list(measure(core, VOCAB, [Case(20, 0)], repeats=0, step_tokens=8))  # type: ignore[arg-type]
+    assert [step[0][1:] for step in core.steps] == [(8, 0), (8, 0), (4, 1)]
+    assert (
+        main(["bench", folder, "-p", "20", "-n", "0", "-r", "1", "-ub", "8", "--json", *CPU]) == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    assert record["step_tokens"] == 8
+    assert record["kv_limit_bytes"] > 0
+
+
 def test_the_demo_answers_about_a_text_it_never_saw(capsys: Any) -> None:
     assert main(["demo", "--seed", "3", "--tokens", "200", *CPU[:4]]) == 0
     first = capsys.readouterr()

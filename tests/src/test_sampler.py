@@ -330,3 +330,74 @@ def test_draws_from_many_tokens_follow_their_ranks() -> None:
     got = np.sort([cumulative[rank[sampler.sample(logits).token]] / 0.8 for _ in range(n)])
     # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand seeds.
     assert np.abs(got - (np.arange(n) + 0.5) / n).max() < 1.95 / n**0.5
+
+
+def best_of(logits: np.ndarray, n: int, temperature: float) -> tuple[Any, ...]:
+    """What a device says of a row: the n best, sums over all, and what is not finite."""
+    order = np.argsort(-logits, kind="stable")[:n]
+    differences = logits.astype(np.float64) - logits[order[0]]
+    scale = 1 / temperature if temperature > 0 else 1.0
+    return (
+        logits[order],
+        order.tolist(),
+        float(np.exp(differences).sum()),
+        float(np.exp(differences * scale).sum()),
+        -1,
+    )
+
+
+@pytest.mark.parametrize("n_best", [1, 7, 128])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 1.5, "top_p": 0.5, "min_p": 0.01},
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 2.0, "top_k": 100, "top_p": 0.95},
+        {"temperature": 0.7, "min_p": 0.1},
+        {"temperature": 1.0},
+        {"temperature": 0.3, "n_logprobs": 3},
+    ],
+)
+def test_the_best_logits_decide_as_all_do_or_not_at_all(
+    params: dict[str, Any], n_best: int
+) -> None:
+    """The same tokens and logprobs, draw for draw; None wherever tokens beyond could be drawn."""
+    rng = np.random.default_rng(len(params) + n_best)
+    decided = 0
+    for seed in range(40):
+        vocab = 1000 if seed % 4 else 100
+        logits = (rng.standard_normal(vocab) * 3).astype(np.float32)
+        if seed % 3 == 0:
+            logits = np.round(logits)  # many are equal
+        whole, top = (make(vocab, seed=seed, **params) for _ in range(2))
+        best = best_of(logits, n_best, params["temperature"])
+        for _ in range(5):
+            got = top.sample_top(*best)
+            if got is None:
+                break
+            decided += 1
+            wanted = whole.sample(logits)
+            assert got.token == wanted.token
+            assert got.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+            assert [token for token, _ in got.top] == [token for token, _ in wanted.top]
+    if params["temperature"] == 0 or (n_best == 128 and params != {"temperature": 1.0}):
+        assert decided > 0
+
+
+def test_the_best_logits_do_not_decide_where_rules_move_others() -> None:
+    logits = logits_of(np.arange(50.0))
+    for rule in (
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -0.5},
+        {"logit_bias": {3: 90.0}},
+        {"banned": [49]},
+        {"n_logprobs": 11},
+    ):
+        sampler = make(50, temperature=0, **rule)
+        assert sampler.sample_top(*best_of(logits, 10, 0.0)) is None
+    assert make(50, temperature=0).sample_top(*best_of(logits, 10, 0.0)).token == 49
+    bad = (logits_of([]), [], 0.0, 0.0, 7)
+    assert make(50, temperature=0).sample_top(*bad).not_finite == 7

@@ -49,41 +49,122 @@ def test_without_a_gpu_it_says_so_in_one_sentence(
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_a_carried_library_is_tested_sanitized_and_measured(
-    gpu_check: Any, ran: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.fixture
+def carried(tmp_path: Path) -> list[str]:
+    """Arguments that name a library and a core."""
+    library, core = tmp_path / "library.so", tmp_path / "_core.cpython-312-x86_64-linux-gnu.so"
+    library.touch()
+    core.touch()
+    return ["--library", str(library), "--core", str(core), "--build", str(tmp_path / "build")]
+
+
+def names_of(out: str, verdict: str) -> list[str]:
+    summary = out.split("=== summary")[1]
+    return [line.split(maxsplit=2)[-1] for line in summary.splitlines() if line.startswith(verdict)]
+
+
+def test_what_was_carried_is_tested_sanitized_and_measured(
+    gpu_check: Any, ran: list[list[str]], carried: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    library = tmp_path / "library.so"
-    library.touch()
-    assert gpu_check.main(["--library", str(library), "--out", str(tmp_path)]) == 0
-    assert [command[0] == "compute-sanitizer" for command in ran] == [False, *[True] * 3, False]
+    assert gpu_check.main([*carried, "--out", str(tmp_path)]) == 0
+    assert names_of(capsys.readouterr().out, "passed") == [
+        "tests of kernels", "kernels under memcheck", "kernels under racecheck",
+        "kernels under synccheck", "engine sees the GPU", "engine against references",
+        "engine under memcheck", "camelid bench", "gpu_kernels", "gpu_attention", "gpu_step",
+        "report",
+    ]  # fmt: skip
+    programs = [Path(word).name for command in ran for word in command if word.endswith(".py")]
+    assert programs == ["gpu_step.py", "gpu_kernels.py", "gpu_attention.py", "gpu_step.py",
+                        "gpu_report.py"]  # fmt: skip
+    assert ran[5][-3:] == ["tests/parity", "--device", "cuda"]
     assert ran[-1][-2:] == ["--out", str(tmp_path)]
-    assert capsys.readouterr().out.count("passed") == 5
+
+
+def test_without_a_core_kernels_are_measured_and_the_rest_is_named(
+    gpu_check: Any, ran: list[list[str]], carried: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_check.main([*carried[:2], *carried[4:]]) == 0
+    out = capsys.readouterr().out
+    left_out = names_of(out, "NOT RUN")
+    assert [line.split()[-1] for line in left_out if "sanitizer" in line] == ["machine)"] * 3
+    assert "engine (no --core, and none could be built)" in out
+    assert "gpu_step (no engine)" in out
+    assert names_of(out, "passed") == [
+        "tests of kernels", "gpu_kernels", "gpu_attention", "report"
+    ]  # fmt: skip
 
 
 def test_what_is_not_there_is_named_and_what_fails_hides_nothing(
-    gpu_check: Any, ran: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    gpu_check: Any, ran: list[list[str]], carried: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(gpu_check, "pytest", lambda *arguments: ["failing"])
-    library = tmp_path / "library.so"
-    library.touch()
-    assert gpu_check.main(["--library", str(library)]) == 1
-    assert len(ran) == 2
+    monkeypatch.setattr(gpu_check, "pytest", lambda *arguments: ["/bin/failing"])
+    assert gpu_check.main(carried) == 1
     out = capsys.readouterr().out
-    assert out.count("NOT RUN") == 3
-    assert out.count("FAILED") == 1
-    assert out.count("passed") == 1
+    assert out.count("NOT RUN") == 4
+    assert names_of(out, "FAILED") == ["tests of kernels", "engine against references"]
+    assert "gpu_step" in names_of(out, "passed")
 
 
-def test_build_only_asks_for_the_library_and_no_gpu(
+def test_an_engine_that_sees_no_gpu_is_not_measured(
+    gpu_check: Any, ran: list[list[str]], carried: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gpu_check, "SEES_GPU", "failing")
+    assert gpu_check.main(carried) == 1
+    out = capsys.readouterr().out
+    assert names_of(out, "FAILED") == ["engine sees the GPU"]
+    assert "gpu_step (no engine)" in out
+
+
+def test_the_staged_package_has_this_core_and_no_other(gpu_check: Any, tmp_path: Path) -> None:
+    core = tmp_path / "_core.cpython-312-x86_64-linux-gnu.so"
+    core.touch()
+    for _ in range(2):  # again, over what is there
+        package = gpu_check.stage(core, tmp_path / "python") / "camelid"
+    assert (package / core.name).resolve() == core
+    assert (package / "bench.py").read_text() == (gpu_check.PACKAGE / "bench.py").read_text()
+    assert (package / "_core.pyi").exists() is False
+    assert [path.name for path in package.glob("_core*")] == [core.name]
+
+
+def test_build_only_asks_for_library_and_core_and_no_gpu(
     gpu_check: Any, ran: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_check, "count_gpus", lambda: 0)
     (tmp_path / "libcamelid_gpu_check.so").touch()
+    (tmp_path / "_core.cpython-312-x86_64-linux-gnu.so").touch()
+    assert gpu_check.main(["--build-only", "--build", str(tmp_path), "--python", "/py"]) == 0
+    asked, configure, build = ran
+    assert asked[0] == "/py"
+    assert {"-DCAMELID_CUDA=ON", "-DCAMELID_EXTENSION=ON", "-DPython_EXECUTABLE=/py"} <= {
+        *configure
+    }
+    assert build[-3:] == ["--target", "camelid_gpu_check", "_core"]
+
+
+def test_a_python_without_headers_leaves_the_engine_out(
+    gpu_check: Any, ran: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert gpu_check.can_build_core("/failing/python") is False
+    assert "/failing/python lacks pybind11 or Python's headers" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check, "can_build_core", lambda python: False)
+    (tmp_path / "libcamelid_gpu_check.so").touch()
     assert gpu_check.main(["--build-only", "--build", str(tmp_path)]) == 0
-    configure, build = ran
-    assert "-DCAMELID_CUDA=ON" in configure
-    assert build[:5] == ["cmake", "--build", str(tmp_path), "--target", "camelid_gpu_check"]
+    configure, build = ran[1:]
+    assert "-DCAMELID_EXTENSION=OFF" in configure
+    assert build[-2:] == ["--target", "camelid_gpu_check"]
+
+
+def test_without_cmake_it_says_how_to_carry(
+    gpu_check: Any, ran: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="--library FILE --core FILE"):
+        gpu_check.main(["--build", str(tmp_path)])

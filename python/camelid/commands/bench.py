@@ -10,6 +10,7 @@ from camelid.bench import Case, Row, cases, measure
 from camelid.commands.common import add_load_flags, load_options, shows_progress
 from camelid.errors import InvalidRequest
 from camelid.options import LoadOptions, parse_count
+from camelid.report import show_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", dest="repeats", type=int, default=5, metavar="N", help="runs of each (default 5)"
     )
+    parser.add_argument(
+        "-ub",
+        dest="step_tokens",
+        default="512",
+        metavar="N",
+        help="most tokens of a prompt in one step (default 512); GPUs like 2048 and more",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_load_flags(parser)
 
@@ -45,17 +53,20 @@ def run(options: argparse.Namespace) -> int:
     flags = {"-p": options.n_prompt, "-n": options.n_gen, "-d": options.depth, "-b": options.batch}
     numbers = [_numbers(flag, text) for flag, text in flags.items()]
     what = cases(*numbers)
+    step_tokens = parse_count("-ub", options.step_tokens)
     wanted = LoadOptions.parse(**load_options(options))
     _check_cases(what, numbers[3], options.repeats + 1, wanted.max_context)
     with Checkpoint.open(find_folder(options.model)) as checkpoint:
-        loaded = load(checkpoint, wanted, max_step_tokens=512, progress=shows_progress())
+        loaded = load(checkpoint, wanted, max_step_tokens=step_tokens, progress=shows_progress())
     _check_fit(loaded.core, what, options.repeats + 1)
+    memory = loaded.core.memory()
     record = {
         "version": camelid.__version__,
         "model": str(options.model),
         "device": loaded.core.describe(),
         **vars(loaded.plan),
-        "weight_bytes": loaded.core.memory()["weight_bytes"],
+        "step_tokens": step_tokens,
+        **{name: memory[name] for name in ("weight_bytes", "workspace_bytes", "kv_limit_bytes")},
     }
     total = len(what) * (options.repeats + 1)
     with tqdm(total=total, desc="measuring", disable=not shows_progress(), leave=False) as bar:
@@ -65,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
                 loaded.config.vocab_size,
                 what,
                 repeats=options.repeats,
+                step_tokens=step_tokens,
+                feeds_back=loaded.core.describe().startswith("cuda"),
                 progress=bar.update,
             )
         )
@@ -78,6 +91,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(
         f"{record['model']}, {record['device']}, {record['compute']}, KV cache {record['kv_cache']}"
+    )
+    print(
+        f"{show_bytes(memory['weight_bytes'])} of weights, "
+        f"{show_bytes(memory['kv_limit_bytes'])} for keys and values"
     )
     print(f"{'test':<24}{'median tokens/s':>16}   runs")
     for row in rows:

@@ -38,7 +38,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
         ("--weights", str, "auto (as stored), bf16, int8 or int4"),
         ("--compute", str, "auto, exact (float activations) or fast (int8 or bf16 ones)"),
         ("--head", str, "auto, stored or int8"),
-        ("--kv-cache", str, "auto (f32 when exact, else bf16), f32, bf16 or int8"),
+        ("--kv-cache", str, "auto (f32 when exact, else bf16), f32, bf16, int8; on a GPU also fp8"),
         ("--max-context", str, "most tokens of prompt and answer together, such as 32K"),
         ("--memory", str, "for weights and KV cache together, such as 20GiB"),
         ("--threads", int, "threads to compute with (default: physical cores)"),

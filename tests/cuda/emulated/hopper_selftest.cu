@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../case.h"
+#include "layout/tiles.h"
 #include "sm90/hopper.cuh"
 
 namespace camelid::cuda {
@@ -19,6 +20,7 @@ enum Bug : int {
 };
 
 constexpr int kSlots = 2;
+constexpr int kMostSteps = 4;  // of columns_kernel
 
 struct Case {
   Bug bug;
@@ -95,6 +97,47 @@ __global__ void products_kernel(const Case c) {
   }
 }
 
+// d[64 x kColumns] = a[64 x 16 n_steps] b[16 n_steps x kColumns], b as it is: a row for each input.
+template <int kColumns>
+__global__ void columns_kernel(const Case c) {
+  const int warp = thread_index() / kWarp, g = thread_index() % kWarp / 4, t = thread_index() % 4;
+  const int n_inputs = c.n_steps * 16, panel_bytes = divide_up(n_inputs, 8) * 1024;
+  for (int at = thread_index(); at < n_inputs * kColumns / 8; at += kWarpgroup) {
+    const int input = at / (kColumns / 8), piece = at % (kColumns / 8);
+    copy_async(
+        shared_memory() + piece / 8 * panel_bytes + input * 128 + (piece % 8 ^ input % 8) * 16,
+        c.b + at * 8, 16);
+  }
+  commit_copies();
+  wait_copies<0>();
+  sync_block();
+  float d[kColumns / 2];
+  std::uint32_t a[kMostSteps][4];
+  for (int step = 0; step < c.n_steps; ++step) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = warp * 16 + g + i % 2 * 8, k = 2 * t + i / 2 * 8;
+      const auto* pair = c.a + (step * 64 + row) * 16 + k;
+      a[step][i] = pair[0] | static_cast<std::uint32_t>(pair[1]) << 16;
+    }
+  }
+  show_to_products();
+  start_products();
+  const Rows b = describe_columns(shared_memory(), panel_bytes);
+#pragma unroll
+  for (int step = 0; step < kMostSteps; ++step) {
+    if (step < c.n_steps) {
+      multiply_columns_async<kColumns>(d, a[step], advance(b, step * 2048), step > 0);
+    }
+  }
+  commit_products();
+  wait_products<0>();
+  hold(d);
+  for (int i = 0; i < kColumns / 2; ++i) {
+    const int row = warp * 16 + g + i / 2 % 2 * 8;
+    c.d[row * kColumns + i / 4 * 8 + 2 * t + i % 2] = d[i];
+  }
+}
+
 __global__ void barrier_kernel(int arrivals) {
   auto* barrier = reinterpret_cast<Barrier*>(shared_memory());
   if (thread_index() == 0) init_barrier(barrier, arrivals);
@@ -121,6 +164,21 @@ int test_products(int columns, int bug, const std::uint16_t* a, const std::uint1
                         : columns == 128 ? products_kernel<128>
                                          : products_kernel<256>;
     launch("products", kernel, how, c);
+  });
+}
+
+// b: [n_steps * 16][columns]
+int test_columns(int columns, const std::uint16_t* a, const std::uint16_t* b, float* d,
+                 int n_steps) {
+  return caught([&] {
+    const Case c{kNone, a, b, d, n_steps, 0};
+    Launch how;
+    how.threads = kWarpgroup;
+    how.shared_bytes = static_cast<std::size_t>(n_steps * 2048 * columns / 64);
+    const auto kernel = columns == 64    ? columns_kernel<64>
+                        : columns == 128 ? columns_kernel<128>
+                                         : columns_kernel<256>;
+    launch("columns", kernel, how, c);
   });
 }
 

@@ -38,6 +38,7 @@ struct Product {
   float* d;                // its part of the sums
   const std::uint32_t* a;  // of the fragment, in registers: read when the product is executed
   std::uint32_t rows;      // describes b
+  bool by_inputs;          // as describe_columns() does
   int columns;
   bool add;
   int group;
@@ -74,8 +75,9 @@ struct Fiber {
 
   std::vector<Product> products;  // not yet executed, oldest first
   int open_products = 0;          // the group of products that is open
-  bool may_multiply = false;      // start_products() was called after the last product
-  bool shown = true;              // show_to_products() was called after the last wait for others
+  bool may_multiply = false;      // start_products() was called after the last wait for products
+  std::vector<const std::uint32_t*> multiplied;  // the a's of products since start_products()
+  bool shown = true;  // show_to_products() was called after the last wait for others
 
   History history;  // kept while accesses are reported
 };

@@ -96,12 +96,17 @@ __global__ void exchange(int* from_next, float* sums) {
 }
 
 // Row i of four 8 x 8 matrices is at 16 i bytes; y: [lane][4] pairs.
+template <bool kTransposed>
 __global__ void load_fragments(const std::uint16_t* x, std::uint32_t* y) {
   auto* rows = reinterpret_cast<std::uint16_t*>(shared_memory());
   for (int i = 0; i < 8; ++i) rows[thread_index() * 8 + i] = x[thread_index() * 8 + i];
   sync_warp();
   std::uint32_t r[4];
-  load_matrices(r, rows + thread_index() * 8);
+  if (kTransposed) {
+    load_matrices_transposed(r, shared_address(rows + thread_index() * 8));
+  } else {
+    load_matrices(r, rows + thread_index() * 8);
+  }
   for (int i = 0; i < 4; ++i) y[thread_index() * 4 + i] = r[i];
 }
 
@@ -298,8 +303,11 @@ int test_matmul(int bug, float* y, const std::uint16_t* x, const std::uint16_t* 
 int test_exchange(int n_threads, int* from_next, float* sums) {
   return caught([&] { launch("exchange", exchange, {.threads = n_threads}, from_next, sums); });
 }
-int test_load_fragments(const std::uint16_t* x, std::uint32_t* y) {
-  return caught([&] { launch("load", load_fragments, {.shared_bytes = 512}, x, y); });
+int test_load_fragments(int transposed, const std::uint16_t* x, std::uint32_t* y) {
+  return caught([&] {
+    launch("load", transposed ? load_fragments<true> : load_fragments<false>, {.shared_bytes = 512},
+           x, y);
+  });
 }
 int test_shuffle_by_half() {
   return caught([] { launch("by_half", shuffle_by_half, {.blocks = 3, .threads = 64}); });

@@ -13,6 +13,7 @@ class Graph {
   void launch(cudaStream_t) const { emulated::replay(record_); }
 
   static void record(cudaStream_t) { emulated::start_recording(); }
+  static void abandon(cudaStream_t) { emulated::finish_recording(); }
   static Graph finish(cudaStream_t) {
     Graph graph;
     graph.record_ = emulated::finish_recording();

@@ -2,7 +2,6 @@
 // at once or when it is waited for; machine.h decides.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -25,7 +24,7 @@ struct FreePinned {
 using DeviceMemory = std::unique_ptr<std::byte[], FreeDevice>;
 using PinnedMemory = std::unique_ptr<std::byte[], FreePinned>;
 
-inline std::atomic<std::uint64_t> n_allocations{0};
+inline std::uint64_t n_allocations = 0;
 
 inline DeviceMemory allocate_device(std::size_t bytes) {
   ++n_allocations;

@@ -3,6 +3,7 @@
 // for copies comes when somebody needs it. Not watched: how many registers a warpgroup has.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "device/ptx.cuh"
@@ -104,19 +105,30 @@ inline Rows describe_rows(const void* shared, emulated::Where where = emulated::
 }
 inline Rows advance(Rows rows, int n_bytes) { return rows + static_cast<Rows>(n_bytes / 16); }
 
+inline Rows describe_columns(const void* shared, int panel_bytes,
+                             emulated::Where where = emulated::Where::current()) {
+  if (panel_bytes % 1024 != 0 || panel_bytes >= 1 << 18) {
+    emulated::fail_here(where, "panels must be multiples of 1024 bytes apart");
+  }
+  return describe_rows(shared, where) | static_cast<Rows>(panel_bytes / 16) << 16;
+}
+
 namespace emulated {
 
 // b[column][k] of a product: the swizzle is a function of address bits, 4-6 ^= 7-9.
-inline void read_rows(float* b, Rows rows, int columns) {
+inline void read_rows(float* b, const Product& product) {
   const std::byte* shared = current->block->shared.data();
-  for (int column = 0; column < columns; ++column) {
-    for (unsigned k = 0; k < 16; k += 2) {
-      unsigned at = (rows << 4) - kSharedBase + static_cast<unsigned>(column) * 128 + k * 2;
+  const unsigned first = ((product.rows & 0x3fff) << 4) - kSharedBase;
+  const unsigned panel_bytes = (product.rows >> 16) << 4;
+  for (unsigned column = 0; column < static_cast<unsigned>(product.columns); ++column) {
+    for (unsigned k = 0; k < 16; ++k) {
+      unsigned at =
+          first + (product.by_inputs ? column / 64 * panel_bytes + k * 128 + column % 64 * 2
+                                     : column * 128 + k * 2);
       at ^= (at >> 7 & 7) << 4;
-      std::uint32_t pair;
-      std::memcpy(&pair, shared + at, sizeof pair);
-      b[column * 16 + static_cast<int>(k)] = low_bf16(pair);
-      b[column * 16 + static_cast<int>(k) + 1] = high_bf16(pair);
+      std::uint16_t bits;
+      std::memcpy(&bits, shared + at, sizeof bits);
+      b[column * 16 + k] = low_bf16(bits);
     }
   }
 }
@@ -133,7 +145,7 @@ inline void execute(Product* const* mine) {
     }
   }
   float b[256 * 16];
-  read_rows(b, mine[0]->rows, columns);
+  read_rows(b, *mine[0]);
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int i = 0; i < columns / 2; ++i) {
       const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -168,27 +180,51 @@ inline void execute_before(void* const* lanes, int group) {
 
 }  // namespace emulated
 
-inline void start_products() { emulated::current->may_multiply = true; }
+inline void start_products() {
+  emulated::current->may_multiply = true;
+  emulated::current->multiplied.clear();
+}
+
+namespace emulated {
+
+template <int kColumns>
+void start_product(const char* what, float (&d)[kColumns / 2], const std::uint32_t (&a)[4], Rows b,
+                   bool by_inputs, bool add, const Where& where) {
+  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
+  Fiber& me = *current;
+  // The same registers a second time: they were changed in between, what else would it be for.
+  const bool again =
+      std::find(me.multiplied.begin(), me.multiplied.end(), a) != me.multiplied.end();
+  if (!me.may_multiply || again) {
+    fail_here(where, "a product without start_products() before it");
+  }
+  me.multiplied.push_back(a);
+  if (!me.shown) fail_here(where, "a product of what show_to_products() did not show");
+  me.products.push_back({d, a, b, by_inputs, kColumns, add, me.open_products});
+  meet_warp(what, where, &me, [](void* const* lanes) {
+    if (!happens_now()) return;
+    execute_before(lanes, static_cast<Fiber*>(lanes[0])->open_products + 1);
+  });
+}
+
+}  // namespace emulated
 
 template <int kColumns>
 void multiply_async(float (&d)[kColumns / 2], const std::uint32_t (&a)[4], Rows b, bool add,
                     emulated::Where where = emulated::Where::current()) {
-  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
-  emulated::Fiber& me = *emulated::current;
-  if (!me.may_multiply) emulated::fail_here(where, "a product without start_products() before it");
-  if (!me.shown) emulated::fail_here(where, "a product of what show_to_products() did not show");
-  me.may_multiply = false;
-  me.products.push_back({d, a, b, kColumns, add, me.open_products});
-  emulated::meet_warp("multiply_async", where, &me, [](void* const* lanes) {
-    if (!emulated::happens_now()) return;
-    emulated::execute_before(lanes, static_cast<emulated::Fiber*>(lanes[0])->open_products + 1);
-  });
+  emulated::start_product<kColumns>("multiply_async", d, a, b, false, add, where);
+}
+template <int kColumns>
+void multiply_columns_async(float (&d)[kColumns / 2], const std::uint32_t (&a)[4], Rows b, bool add,
+                            emulated::Where where = emulated::Where::current()) {
+  emulated::start_product<kColumns>("multiply_columns_async", d, a, b, true, add, where);
 }
 
 inline void commit_products() { ++emulated::current->open_products; }
 
 template <int kPending>
 void wait_products(emulated::Where where = emulated::Where::current()) {
+  emulated::current->may_multiply = false;
   emulated::meet_warp("wait_products", where, emulated::current, [](void* const* lanes) {
     emulated::execute_before(lanes,
                              static_cast<emulated::Fiber*>(lanes[0])->open_products - kPending);
@@ -199,6 +235,8 @@ template <int kValues>
 void hold(float (&)[kValues]) {}
 
 // ---- registers ----
+
+constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8; }
 
 template <int kRegisters>
 void give_registers() {

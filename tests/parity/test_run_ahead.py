@@ -1,0 +1,85 @@
+"""Steps that a device starts before they are asked for never show, whatever is asked for instead.
+
+A GPU does so (src/step/step.h); on the CPU the same holds for want of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import backends
+import numpy as np
+
+from camelid import _core
+from checkpoints import Weights
+from engines import SAMPLE, open_engine, open_greedy, step
+
+PAGE = 16
+
+
+class Told:
+    """Sequences of one engine, and the tokens each was given."""
+
+    def __init__(self, engine: _core.Engine, n: int) -> None:
+        self.engine = engine
+        rng = np.random.default_rng(n)
+        self.tokens = {
+            open_greedy(engine): rng.integers(0, 256, 5 + 9 * i).tolist() for i in range(n)
+        }
+        self.next = self._step([(s, t) for s, t in self.tokens.items()])
+
+    def _step(self, parts: list[tuple[int, list[int]]]) -> dict[int, int]:
+        sampled = step(self.engine, parts, SAMPLE).sampled
+        return {sequence: one.token for (sequence, _), one in zip(parts, sampled, strict=True)}
+
+    def go_on(self, sequences: list[int], instead: dict[int, list[int]] | None = None) -> None:
+        """Run the tokens sampled last, or others in their place."""
+        parts = [(s, (instead or {}).get(s, [self.next[s]])) for s in sequences]
+        for sequence, tokens in parts:
+            self.tokens[sequence] = self.tokens.get(sequence, []) + tokens
+        self.next |= self._step(parts)
+
+    def check(self, n_layers: int) -> None:
+        """Hold what comes after each sequence to a fresh one that is given the same tokens."""
+        for sequence, tokens in self.tokens.items():
+            got = step(self.engine, [(sequence, [7])]).logits[-1]
+            wanted = step(self.engine, [(open_greedy(self.engine), [*tokens, 7])]).logits[-1]
+            off = np.sqrt(np.mean((got - wanted) ** 2)) / wanted.std()
+            assert off <= backends.row_tolerance(n_layers=n_layers)
+        self.engine.check_invariants()
+
+
+def test_steps_that_nobody_asked_for_leave_no_trace(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    engine = open_engine(checkpoint("dense")[0], page_size=PAGE)
+    told = Told(engine, 4)
+    a, b, c, d = told.tokens
+    for _ in range(3):
+        told.go_on([a, b, c, d])
+    engine.close_sequence(b)  # its next token is on the way
+    del told.tokens[b]
+    told.go_on([a, c, d])
+    told.go_on([c, a])  # in another order, and without one of them
+    told.go_on([a, c, d], {c: [11]})  # not what it sampled
+    told.go_on([a, c, d], {d: [3, 1, 4, 1, 5]})  # more than one
+    new = open_greedy(engine)
+    told.next[new] = 200
+    told.go_on([a, new, c])  # one that is new
+    for _ in range(3):
+        told.go_on([a, c, d, new])
+    told.check(n_layers=4)
+
+
+def test_a_page_that_was_taken_ahead_is_given_back(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    engine = open_engine(checkpoint("dense")[0], page_size=PAGE)
+    before = engine.memory()["kv_used_bytes"]
+    sequence = open_greedy(engine)
+    (one,) = step(engine, [(sequence, list(range(PAGE - 1)))], SAMPLE).sampled
+    step(engine, [(sequence, [one.token])], SAMPLE)  # the page is full; the next one is under way
+    engine.close_sequence(sequence)
+    assert engine.memory()["kv_used_bytes"] == before
+    engine.check_invariants()
