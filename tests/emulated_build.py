@@ -81,8 +81,8 @@ def build_core() -> Path:
     built = ROOT / "build" / "venv"
     engine = built / "libcamelid_core.a"
     bindings = sorted((built / "CMakeFiles" / "_core.dir" / "csrc").glob("*.o"))
-    if not engine.exists() or not bindings:
-        pytest.skip(f"the engine's objects are not in {built}: run make test")
+    if not engine.exists() or not bindings or _is_stale(ROOT / ".venv" / ".installed"):
+        pytest.skip(f"the engine's objects in {built} are not those of src/ and csrc/: run make")
     cuda = ROOT / "cuda"
     sources = [*sorted(cuda.glob("host/*.cu")), *sorted(cuda.glob("ops/*.cu"))]
     # Of sm90/ those that are not CUTLASS's.
@@ -95,6 +95,12 @@ def build_core() -> Path:
     core.parent.mkdir(exist_ok=True)
     _make(core, [*_compiler(), "-shared", *map(str, inputs), "-pthread"])
     return core
+
+
+def _is_stale(stamp: Path) -> bool:
+    """Tell whether the engine was built, as the Makefile's stamp says, before it was changed."""
+    files = [path for folder in ("src", "csrc") for path in (ROOT / folder).rglob("*.*")]
+    return not stamp.exists() or stamp.stat().st_mtime < max(f.stat().st_mtime for f in files)
 
 
 def call(library: ctypes.CDLL, name: str, *arguments: Any, seed: int = 0) -> None:

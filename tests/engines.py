@@ -1,4 +1,7 @@
-"""The compiled engine on a folder, and steps over it: more than `camelid.LLM` lets a test ask."""
+"""Models on the device under test: `camelid.LLM`, or the compiled engine and steps over it.
+
+What backends.py says of the device is what a test gets that asks for nothing else.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from camelid import _core
+import backends
+from camelid import LLM, _core
 from camelid.checkpoint import Checkpoint, account
 from camelid.features import Features, PromptFeatures, feature_rows, join_features
 from camelid.sources import (
@@ -23,11 +27,16 @@ from camelid.vision_sources import frame_sources, vision_layer_sources
 NOTHING, SAMPLE, LOGITS = 0, 1, 2
 
 
+def open_llm(folder: str | Path, **options: Any) -> LLM:
+    """Load a folder; `options` are those of `camelid.LLM`."""
+    return LLM(folder, **(backends.llm_options() | options))
+
+
 def open_engine(folder: str | Path, **options: Any) -> _core.Engine:
-    """Load a folder on the CPU; `options` are those of `_core.Engine`."""
+    """Load a folder; `options` are those of `_core.Engine`."""
     with Checkpoint.open(folder) as checkpoint:
         account(checkpoint)
-        options = {"device": "cpu", "threads": 1, "memory_bytes": 1 << 28} | options
+        options = {"threads": 1} | backends.engine_options() | options
         engine = _core.Engine(checkpoint.config, **options)
         engine.load_embedding(embedding_source(checkpoint))
         for layer in range(checkpoint.config.n_layers):

@@ -116,7 +116,9 @@ void FeedForward::prepare(Experts& w, Uploader& uploader) {
   p.down = upload_pointers(groups, p.is_tiled, true, uploader);
 
   const Segment& router = only_segment(*w.router);
-  p.one_launch = p.is_tiled && !router.is_tiled;
+  const TileShape &up_shape = p.gate_up_like.tiled.shape, &down_shape = p.down_like.tiled.shape;
+  p.one_launch = p.is_tiled && !router.is_tiled && up_shape.bits == down_shape.bits &&
+                 up_shape.scales == down_shape.scales;
   if (p.one_launch) {
     ExpertWeights& few = p.few;
     const int shared = p.has_shared ? 1 : 0;

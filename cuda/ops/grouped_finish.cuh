@@ -68,14 +68,16 @@ __device__ inline void finish_f32(const GroupedProduct& p, const VisitRows& visi
 }
 
 // Writes the values of two neighbouring columns (tokens), each lane's of output row `row`. Lanes
-// of even g write the first token's of two rows at a time, those of odd g the second's.
+// of even g write the first token's of two rows at a time, those of odd g the second's. Behind an
+// odd number of rows a zero is written too.
 __device__ inline void store_bf16(std::uint16_t* y, const VisitRows& visits, int column, int row,
-                                  bool has, float first, float second) {
+                                  int n_rows, float first, float second) {
   const int odd = thread_index() / 4 % 2;
   const float other = shuffle_xor(odd != 0 ? first : second, 4);
   const std::int64_t at = visits.at[column + odd];
   const std::uint32_t pair = pack_bf16x2(odd != 0 ? other : first, odd != 0 ? second : other);
-  if (at != kNoRow && has) *reinterpret_cast<std::uint32_t*>(y + at + row - odd) = pair;
+  if (at != kNoRow && row - odd < n_rows)
+    *reinterpret_cast<std::uint32_t*>(y + at + row - odd) = pair;
 }
 
 template <int kValues>
@@ -86,8 +88,8 @@ __device__ inline void finish_bf16(const GroupedProduct& p, const VisitRows& vis
 #pragma unroll
   for (int j = 0; j < kValues / 4; ++j) {
     const int column = column_of(first_column, j);
-    store_bf16(y, visits, column, row, row < p.shape.rows, d[4 * j], d[4 * j + 1]);
-    store_bf16(y, visits, column, row + 8, row + 8 < p.shape.rows, d[4 * j + 2], d[4 * j + 3]);
+    store_bf16(y, visits, column, row, p.shape.rows, d[4 * j], d[4 * j + 1]);
+    store_bf16(y, visits, column, row + 8, p.shape.rows, d[4 * j + 2], d[4 * j + 3]);
   }
 }
 
@@ -95,7 +97,6 @@ template <int kValues>
 __device__ inline void finish_swiglu(const GroupedProduct& p, const VisitRows& visits,
                                      int first_column, int row_tile, const float (&d)[kValues]) {
   const int channel = row_tile * (kTileRows / 2) + thread_index() % kWarp / 4;
-  const bool has = channel < p.shape.rows / 2;
   auto* y = static_cast<std::uint16_t*>(p.y);
 #pragma unroll
   for (int j = 0; j < kValues / 4; ++j) {
@@ -103,7 +104,7 @@ __device__ inline void finish_swiglu(const GroupedProduct& p, const VisitRows& v
     const float f = visits.factor[column], g = visits.factor[column + 1];
     const float first = swiglu(f * d[4 * j], f * d[4 * j + 2]);
     const float second = swiglu(g * d[4 * j + 1], g * d[4 * j + 3]);
-    store_bf16(y, visits, column, channel, has, first, second);
+    store_bf16(y, visits, column, channel, p.shape.rows / 2, first, second);
   }
 }
 

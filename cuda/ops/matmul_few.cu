@@ -58,7 +58,7 @@ void check_call(const MatmulFew& call) {
 WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens) {
   return {stream_sum_bytes<Header>(kName, shape, n_tokens,
                                    []<class Shape>(Shape) { return run_matmul_few<Shape>; }),
-          static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps))};
+          static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps)) + 1};
 }
 
 void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream) {
@@ -66,7 +66,7 @@ void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t 
   check_call(call);
   check_workspace(kName, workspace, matmul_few_needs(call.w.shape, call.n_tokens));
   const int at_once = tokens_at_once<Header>(call.w.shape, call.n_tokens);
-  const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters};
+  const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters + 1};
   const std::size_t y_row =
       static_cast<std::size_t>(call.y_stride) *
       (call.output == Output::kStoreBf16 || call.output == Output::kSwiGlu ? sizeof(std::uint16_t)

@@ -1,5 +1,6 @@
 // Device memory that kernels on few tokens share between their blocks, and how much of it they
-// need. One launch uses it at a time; `counters` are 0 between launches.
+// need. One launch uses it at a time. Between launches `counters` are 0 but for the first, which
+// belongs to the barrier of a grid (sync_grid) whoever uses it: its top bit may stay.
 #pragma once
 
 #include <cstddef>

@@ -102,17 +102,17 @@ COUNTS = [
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("seed", "ffn"), [(0, 44), (1, 45), (2, 44)])
 def test_experts_gather_and_swiglu(
-    device: Device, hopper: bool, counts: list[int], seed: int
+    device: Device, hopper: bool, counts: list[int], seed: int, ffn: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    ffn, inputs, n_visits, n_tokens = 44, 264, sum(counts), 90
+    inputs, n_visits, n_tokens = 264, sum(counts), 90
     w = make_weights(device, rng, n_experts=4, rows=2 * ffn, inputs=inputs, order=GATE_UP)
     x = make_x(rng, n_tokens, inputs, inputs)
     tokens = rng.integers(0, n_tokens, n_visits).astype(np.int32)
     factors = rng.uniform(0, 1, n_visits).astype(np.float32)
-    act = np.full((n_visits + 1, ffn + 4), 0x7FC0, np.uint16)
+    act = np.full((n_visits + 1, ffn + ffn % 2 + 4), 0x7FC0, np.uint16)
     run_product(
         w,
         x,
@@ -126,7 +126,7 @@ def test_experts_gather_and_swiglu(
         seed=seed,
     )
     assert np.isnan(from_bf16(act[n_visits:])).all()
-    assert np.isnan(from_bf16(act[:, ffn:])).all()
+    assert np.isnan(from_bf16(act[:, ffn + ffn % 2 :])).all()  # bf16 is written in pairs
     if n_visits == 0:
         return
     both, _ = product(w, x[tokens], np.repeat(np.arange(4), counts))

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from camelid import LLM
 from checkpoints import Quantization, write_checkpoint
-from engines import assert_same_bits, logits_in_pieces, open_engine, open_greedy, step
+from engines import (
+    assert_same_bits,
+    logits_in_pieces,
+    open_engine,
+    open_greedy,
+    open_llm,
+    step,
+)
+
+pytestmark = pytest.mark.cpu_only("a GPU has one way to compute")
 
 TOKENS = np.random.default_rng(1).integers(0, 200, 90).tolist()
 
@@ -25,9 +33,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_fast_is_close_to_exact(folder: Path) -> None:
-    with LLM(folder, compute="exact", threads=1) as llm:
+    with open_llm(folder, compute="exact") as llm:
         wanted = llm.logits(TOKENS)
-    with LLM(folder, compute="fast", threads=1, head="int8") as llm:
+    with open_llm(folder, compute="fast", head="int8") as llm:
         got = llm.logits(TOKENS)
     error = np.abs(got - wanted) / wanted.std()
     # 127 steps to the largest of a block are about 0.5 % of a value; layers and flips of near

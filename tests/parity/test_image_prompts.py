@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import camelid
+from backends import is_gpu, quick
 from camelid import LLM, SamplingParams
 from camelid.images import tile
 from checkpoints import SPECIAL_IDS, Weights, write_checkpoint
@@ -21,7 +22,9 @@ from engines import (
     logits_in_pieces,
     open_engine,
     open_greedy,
+    open_llm,
 )
+from judge import Judge, features_of
 from variants import digest
 from vision_variants import MIXED, PATCH, mixed_prompt, write_mixed
 
@@ -36,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
 
 @pytest.fixture(scope="module")
 def llm(model: tuple[Path, Weights]) -> Iterator[LLM]:
-    with LLM(model[0], threads=2) as opened:
+    with open_llm(model[0], threads=2) as opened:
         yield opened
 
 
@@ -47,22 +50,31 @@ def test_logits_of_mixed_prompts_are_those_of_transformers(
     assert digest(model[1]) == str(golden["digest"]), "made with other weights: make it anew"
     ids, images = mixed_prompt()
     got = llm.logits(ids, images=images)
-    assert_close(got, golden["logits"], std=float(golden["std"]), tolerance=TOLERANCE)
+    if is_gpu():
+        features = features_of(ids, [llm.encode_image(tiles) for tiles in images], PATCH)
+        Judge(*model).check(got, ids, features=features)
+    else:
+        assert_close(got, golden["logits"], std=float(golden["std"]), tolerance=TOLERANCE)
     blind = llm.logits(ids, images=[np.zeros_like(tiles) for tiles in images])
     assert np.abs(blind - got).max() > 0.1 * golden["std"]  # the images matter
 
 
+@pytest.mark.parametrize("sizes", quick([[1], [7, 3], [50, 1]], [[7, 3], [50, 1]]), ids=str)
 def test_logits_do_not_depend_on_where_an_image_is_cut(
-    llm: LLM, model: tuple[Path, Weights]
+    sizes: list[int], llm: LLM, model: tuple[Path, Weights]
 ) -> None:
     ids, images = mixed_prompt()
-    whole = llm.logits(ids, images=images)
     engine = open_engine(model[0])
     features = encode_images(engine, ids, images, PATCH)
-    for sizes in ([1], [7, 3], [50, 1]):
-        assert_same_bits(logits_in_pieces(engine, ids, sizes, features), whole)
+    got = logits_in_pieces(engine, ids, sizes, features)
+    if is_gpu():
+        encoded = [engine.encode_image(tiles) for tiles in images]
+        Judge(*model).check(got, ids, features=features_of(ids, encoded, PATCH))
+    else:
+        assert_same_bits(got, llm.logits(ids, images=images))
 
 
+@pytest.mark.slow_emulated
 def test_answers_to_images_are_the_same_alone_and_beside_text(llm: LLM) -> None:
     ids, images = mixed_prompt()
     prompt = {"prompt_token_ids": ids, "images": images}
@@ -152,7 +164,7 @@ def test_the_engine_refuses_feature_rows_that_are_none(model: tuple[Path, Weight
 
 def test_a_model_without_a_tower_takes_no_images(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    with LLM(tmp_path, threads=1) as llm, pytest.raises(camelid.Unsupported, match="images"):
+    with open_llm(tmp_path) as llm, pytest.raises(camelid.Unsupported, match="images"):
         llm.logits([1, 2], images=[np.zeros((1, 3, 56, 56), np.float32)])
 
 

@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backends import is_emulated
 from camelid._core import testing
 from camelid.config import ModelConfig, parse_config
 from checkpoints import TEXT_CONFIG, write_checkpoint
-from engines import assert_same_bits, logits_in_pieces, open_engine
+from engines import (
+    LOGITS,
+    NOTHING,
+    assert_same_bits,
+    logits_in_pieces,
+    open_engine,
+    open_greedy,
+    step,
+)
 from reference.llama4 import rope_frequencies
 
 SCOUT_SCALING = {
@@ -27,6 +36,12 @@ SCOUT_SCALING = {
 }
 LAST = 10_485_759  # of Scout's context
 POSITIONS = [0, 1, 127, 8191, 8192, 1_048_575, 5_000_000, LAST - 8191, LAST - 1, LAST]
+# A layer that sees its chunk alone.
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 1, "no_rope_layers": [1], "hidden_size": 16, "head_dim": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+    "num_local_experts": 2, "rope_scaling": None, "vocab_size": 271,
+}  # fmt: skip
 # cos and sin are rounded to float32 once: half a unit in the last place below 1.
 ROUNDING = 2**-25
 
@@ -145,14 +160,27 @@ def test_query_temperature_equals_the_formula(position: int) -> None:
 
 def test_a_chunk_answers_the_same_at_any_position(tmp_path: Path) -> None:
     """A model of chunked layers alone, run far: each repetition of a chunk gives the same bits."""
-    chunk = 64
-    small = {
-        "num_hidden_layers": 1, "no_rope_layers": [1], "attention_chunk_size": chunk,
-        "hidden_size": 16, "head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "intermediate_size": 16, "num_local_experts": 2, "rope_scaling": None, "vocab_size": 271,
-    }  # fmt: skip
+    chunk, n_chunks = 64, 4 if is_emulated() else 200
+    small = SMALL | {"attention_chunk_size": chunk}
     write_checkpoint(tmp_path, config_overrides=small)
     engine = open_engine(tmp_path)
     once = [int(v) for v in np.random.default_rng(1).integers(0, 256, chunk)]
-    logits = logits_in_pieces(engine, once * 200, [1000])
-    assert_same_bits(logits, np.tile(logits[:chunk], (200, 1)))
+    logits = logits_in_pieces(engine, once * n_chunks, [1000])
+    assert_same_bits(logits, np.tile(logits[:chunk], (n_chunks, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_only("on a CPU it takes an hour")
+@pytest.mark.skipif(is_emulated(), reason="emulated it would take a month")
+def test_the_last_chunk_of_ten_million_tokens_answers_as_the_first(tmp_path: Path) -> None:
+    chunk = 8192
+    small = SMALL | {"attention_chunk_size": chunk, "max_position_embeddings": LAST + 1}
+    write_checkpoint(tmp_path, config_overrides=small)
+    engine = open_engine(tmp_path)
+    once = [int(v) for v in np.random.default_rng(1).integers(0, 256, chunk)]
+    sequence = open_greedy(engine)
+    first = step(engine, [(sequence, once)]).logits
+    n_chunks = (LAST + 1) // chunk
+    for _ in range(n_chunks - 2):
+        step(engine, [(sequence, once)], NOTHING)
+    assert_same_bits(step(engine, [(sequence, once)], LOGITS).logits, first)

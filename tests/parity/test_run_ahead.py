@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import backends
 import numpy as np
 
+import backends
 from camelid import _core
 from checkpoints import Weights
 from engines import SAMPLE, open_engine, open_greedy, step

@@ -2,7 +2,8 @@
 
 Reads config.json's own keys and transformers' tensor names, and shares no code with camelid, so
 that a mistake in its reading of either shows. Positions are absolute: the rotation by the
-position within the chunk has to agree. tools/make_goldens.py holds it to transformers.
+position within the chunk has to agree. tools/make_goldens.py holds it to transformers. What is
+rounded, if anything, numerics.py says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from reference.numerics import Numerics
 
 Array = NDArray[np.float64]
 Config = Mapping[str, Any]
@@ -32,7 +35,14 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def forward(config: Config, weights: Tensors, token_ids: Sequence[int]) -> Array:
+def forward(
+    config: Config,
+    weights: Tensors,
+    token_ids: Sequence[int],
+    *,
+    numerics: Numerics | None = None,
+    features: Mapping[int, Array] | None = None,
+) -> Array:
     """Return the logits after each token, [n_tokens, vocab_size].
 
     Args:
@@ -40,22 +50,31 @@ def forward(config: Config, weights: Tensors, token_ids: Sequence[int]) -> Array
         weights: By their names in the checkpoint, with or without `language_model.`; routed experts
             fused, or one linear each.
         token_ids: One sequence from position 0.
+        numerics: What is rounded, and which experts are chosen; exact if None.
+        features: By position, what takes the place of a token's embedding.
     """
+    numerics = numerics or Numerics()
     config = text_config(config)
     weights = {name.removeprefix("language_model."): value for name, value in weights.items()}
     eps = config["rms_norm_eps"]
-    x = _load(weights, "model.embed_tokens.weight")[list(token_ids)]
+    x = numerics.weight(weights, "model.embed_tokens.weight")[list(token_ids)]
+    for position, values in (features or {}).items():
+        x[position] = values
+
+    def norm(name: str) -> Array:
+        return numerics.operand(rms_norm(x, eps) * _load(weights, f"{name}.weight"))
+
     for layer in range(config["num_hidden_layers"]):
         base = f"model.layers.{layer}"
-        h = rms_norm(x, eps) * _load(weights, f"{base}.input_layernorm.weight")
-        x = x + attention(config, weights, layer, h)
-        h = rms_norm(x, eps) * _load(weights, f"{base}.post_attention_layernorm.weight")
-        moe = is_moe_layer(config, layer)
-        feed_forward = f"{base}.feed_forward"
-        x = x + (mixture if moe else mlp)(config, weights, feed_forward, h)
-    x = rms_norm(x, eps) * _load(weights, "model.norm.weight")
+        x = x + attention(config, weights, layer, norm(f"{base}.input_layernorm"), numerics)
+        h = norm(f"{base}.post_attention_layernorm")
+        if is_moe_layer(config, layer):
+            x = x + mixture(config, weights, layer, h, numerics)
+        else:
+            x = x + mlp(weights, f"{base}.feed_forward", h, numerics)
     tied = "lm_head.weight" not in weights
-    return x @ _load(weights, "model.embed_tokens.weight" if tied else "lm_head.weight").T
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    return norm("model.norm") @ numerics.weight(weights, head).T
 
 
 def text_config(config: Config) -> dict[str, Any]:
@@ -112,17 +131,19 @@ def rotate(x: Array, angles: Array) -> Array:
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 
 
-def attention(config: Config, weights: Tensors, layer: int, h: Array) -> Array:
+def attention(config: Config, weights: Tensors, layer: int, h: Array, numerics: Numerics) -> Array:
     """Attend over h [n_tokens, dim] and project back."""
     base = f"model.layers.{layer}.self_attn"
     n, head_dim = len(h), config["head_dim"]
     position = np.arange(n)
     q, k, v = (
-        (h @ _load(weights, f"{base}.{name}_proj.weight").T).reshape(n, -1, head_dim)
+        (h @ numerics.weight(weights, f"{base}.{name}_proj.weight").T).reshape(n, -1, head_dim)
         for name in "qkv"
     )
     if is_rope_layer(config, layer):
-        angles = position[:, None] * rope_frequencies(config)
+        chunk = config["attention_chunk_size"] if is_chunked_layer(config, layer) else None
+        turns = numerics.rotated_as(position, chunk)
+        angles = turns[:, None] * rope_frequencies(config)
         q, k = rotate(q, angles), rotate(k, angles)
         if config["use_qk_norm"]:
             q, k = (rms_norm(part, config["rms_norm_eps"]) for part in (q, k))
@@ -134,22 +155,27 @@ def attention(config: Config, weights: Tensors, layer: int, h: Array) -> Array:
     if is_chunked_layer(config, layer):
         chunk = position // config["attention_chunk_size"]
         visible &= chunk[None, :] == chunk[:, None]
+    q = numerics.operand(q)
+    (k, k_scale), (v, v_scale) = numerics.stored(k), numerics.stored(v)
     group = q.shape[1] // k.shape[1]  # queries that share a key
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head_dim)
+    k, v, k_scale, v_scale = (np.repeat(x, group, axis=1) for x in (k, v, k_scale, v_scale))
+    scores = np.einsum("qhd,khd->hqk", q, k) * k_scale.transpose(1, 2, 0) / np.sqrt(head_dim)
     scores = np.where(visible, scores, -np.inf)
     share = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    share /= share.sum(axis=-1, keepdims=True)
-    mixed = np.einsum("hqk,khd->qhd", share, v).reshape(n, -1)
-    return mixed @ _load(weights, f"{base}.o_proj.weight").T
+    mixed = np.einsum("hqk,khd->qhd", numerics.operand(share * v_scale.transpose(1, 2, 0)), v)
+    mixed /= share.sum(axis=-1).T[..., None]
+    mixed = numerics.operand(mixed.reshape(n, -1))
+    return mixed @ numerics.weight(weights, f"{base}.o_proj.weight").T
 
 
-def mlp(config: Config, weights: Tensors, base: str, h: Array) -> Array:
-    """Return down(silu(gate h) * up h)."""
+def mlp(
+    weights: Tensors, base: str, h: Array, numerics: Numerics, factor: float | Array = 1.0
+) -> Array:
+    """Return down(silu(gate h) * up h) for an input of factor * h."""
     gate, up, down = (
-        _load(weights, f"{base}.{name}_proj.weight") for name in ("gate", "up", "down")
+        numerics.weight(weights, f"{base}.{name}_proj.weight") for name in ("gate", "up", "down")
     )
-    return (silu(h @ gate.T) * (h @ up.T)) @ down.T
+    return numerics.operand(silu(factor * (h @ gate.T)) * (factor * (h @ up.T))) @ down.T
 
 
 def silu(x: Array) -> Array:
@@ -162,33 +188,35 @@ def sigmoid(x: Array) -> Array:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
-def mixture(config: Config, weights: Tensors, base: str, h: Array) -> Array:
+def mixture(config: Config, weights: Tensors, layer: int, h: Array, numerics: Numerics) -> Array:
     """Return the shared expert's output and that of the top-k experts on their scaled input."""
-    out = mlp(config, weights, f"{base}.shared_expert", h)
-    logits = h @ _load(weights, f"{base}.router.weight").T
-    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : config["num_experts_per_tok"]]
+    base = f"model.layers.{layer}.feed_forward"
+    out = mlp(weights, f"{base}.shared_expert", h, numerics)
+    logits = h @ numerics.weight(weights, f"{base}.router.weight").T
+    chosen = numerics.choose(layer, logits, config["num_experts_per_tok"])
     for expert in np.unique(chosen):
         rows, _ = np.nonzero(chosen == expert)
-        scaled = sigmoid(logits[rows, expert])[:, None] * h[rows]
-        out[rows] += mlp(config, expert_weights(weights, base, expert), "expert", scaled)
+        factor = sigmoid(logits[rows, expert])[:, None]
+        one = expert_weights(weights, base, expert)
+        out[rows] += mlp(one, f"{base}.experts.{expert}", h[rows], numerics, factor)
     return out
 
 
 def expert_weights(weights: Tensors, base: str, expert: int) -> dict[str, NDArray[Any]]:
     """Return one expert's three matrices [out, in], from the fused tensors where there are any."""
     fused = weights.get(f"{base}.experts.gate_up_proj")
+    one = f"{base}.experts.{expert}"
     if fused is None:
-        one = f"{base}.experts.{expert}"
         return {
-            f"expert.{name}_proj.weight": weights[f"{one}.{name}_proj.weight"]
+            f"{one}.{name}_proj.weight": weights[f"{one}.{name}_proj.weight"]
             for name in ("gate", "up", "down")
         }
     gate, up = np.split(fused[expert], 2, axis=-1)  # [dim, ffn_dim] each
     down = weights[f"{base}.experts.down_proj"][expert]  # [ffn_dim, dim]
     return {
-        "expert.gate_proj.weight": gate.T,
-        "expert.up_proj.weight": up.T,
-        "expert.down_proj.weight": down.T,
+        f"{one}.gate_proj.weight": gate.T,
+        f"{one}.up_proj.weight": up.T,
+        f"{one}.down_proj.weight": down.T,
     }
 
 
