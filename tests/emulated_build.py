@@ -176,9 +176,7 @@ def _compiler() -> list[str]:
     return compiler
 
 
-def _compile_all(
-    sources: Iterable[str], *, watch: bool, flags: tuple[str, ...] = ()
-) -> list[Path]:
+def _compile_all(sources: Iterable[str], *, watch: bool, flags: tuple[str, ...] = ()) -> list[Path]:
     """Return the objects of the emulator and of `sources`."""
     CACHE.mkdir(parents=True, exist_ok=True)
     common = [*_compiler(), *FLAGS, *flags, *(f"-I{ROOT / folder}" for folder in FOLDERS)]
