@@ -1,3 +1,5 @@
+// Every call of the seam, in terms of kernels. It decides no kernel but attention's; it keeps the
+// recordings of steps.
 #include "host/cuda_backend.h"
 
 #include <cstring>

@@ -1,3 +1,4 @@
+// Which launches make up the feed-forward half of a layer, and what goes between them.
 #include "host/feed_forward.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// What becomes of a linear on its way to the GPU: tiles where it is quantised, bf16 rows where not.
 #include "host/matrix.h"
 
 #include <algorithm>

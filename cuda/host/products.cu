@@ -1,3 +1,4 @@
+// Which kernel multiplies: by the kind of matrix, the number of tokens and the GPU.
 #include "host/products.h"
 
 #include "ops/matmul_plain.h"

@@ -1,3 +1,4 @@
+// A step's arrays, written into one piece of pinned memory and sent from there.
 #include "host/step_arrays.h"
 
 #include <algorithm>

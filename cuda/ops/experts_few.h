@@ -35,8 +35,8 @@ struct ExpertsFew {
   std::int32_t most_blocks = 0;  // of the grid; 0: as many as run at once. For tests.
 };
 
-// The most tokens one launch takes: 64 of INT4 without zero points on a GPU whose blocks may have 163
-// KB of shared memory, else 32; fewer where top_k times tokens would pass 512. More go through
+// The most tokens one launch takes: 64 of INT4 without zero points on a GPU whose blocks may have
+// 163 KB of shared memory, else 32; fewer where top_k times tokens would pass 512. More go through
 // ops/route_many.h and ops/grouped.h (host/feed_forward.cu).
 int experts_few_limit(const ExpertWeights& w);
 // Of calls of up to n_tokens, on this GPU.
@@ -44,7 +44,8 @@ WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens);
 std::size_t experts_few_scratch_bytes(const ExpertWeights& w, int n_tokens);
 
 // y += shared(x) + sum over the top_k experts e of expert_e(sigmoid(logit_e) x). The same bits
-// every time for the same tokens on one kind of GPU. Throws kInternal where the call cannot be; waits for nothing.
+// every time for the same tokens on one kind of GPU. Throws kInternal where the call cannot be;
+// waits for nothing.
 void experts_few(const ExpertsFew& call, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace camelid::cuda

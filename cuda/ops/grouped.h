@@ -53,8 +53,8 @@ void check_product(const GroupedProduct& product);
 // How many blocks to launch: at most one for each multiprocessor, 0 where there is nothing to do.
 int grouped_blocks(const GroupedProduct& product, int block_row_tiles, int multiprocessors);
 
-// Portable: mma.sync, one block for each multiprocessor. No visits are no work, and are not checked.
-// Nothing is waited for.
+// Portable: mma.sync, one block for each multiprocessor. No visits are no work, and are not
+// checked. Nothing is waited for.
 void grouped_many(const GroupedProduct& product, int multiprocessors, cudaStream_t stream);
 
 // ---- the order of output tiles ----

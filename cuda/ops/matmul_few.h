@@ -25,8 +25,8 @@ struct MatmulFew {
 // Of calls of up to n_tokens, on this GPU.
 WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens);
 
-// The same bits every time on one kind of GPU, for the same number of tokens up to the next power of
-// two. Throws kInternal where the call cannot be or its launch fails; waits for nothing.
+// The same bits every time on one kind of GPU, for the same number of tokens up to the next power
+// of two. Throws kInternal where the call cannot be or its launch fails; waits for nothing.
 void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace camelid::cuda

@@ -23,8 +23,8 @@ __device__ int place_of(int row, int piece) {
   return row * kPieces + (piece ^ (row / 2 % kPieces));
 }
 
-// Copies kSide rows from `input` on: thread i takes a piece of every 64th row from row i / 4 on, and
-// rows[k] says where that row starts, null where there is none. Zeros past rows and inputs.
+// Copies kSide rows from `input` on: thread i takes a piece of every 64th row from row i / 4 on,
+// and rows[k] says where that row starts, null where there is none. Zeros past rows and inputs.
 constexpr int kRowsOfThread = kSide * kPieces / kThreads;
 using ThreadRows = const std::uint16_t* [kRowsOfThread];
 __device__ void load_tile(std::byte* to, const ThreadRows& rows, int input, int inputs,

@@ -1,5 +1,5 @@
-// y = x w^T of bf16 matrices of any size, of one or of many experts, on every GPU from sm_80 on: what
-// sm90/matmul_dense.h does faster on Hopper for one matrix of aligned shape.
+// y = x w^T of bf16 matrices of any size, of one or of many experts, on every GPU from sm_80 on:
+// what sm90/matmul_dense.h does faster on Hopper for one matrix of aligned shape.
 #pragma once
 
 #include <cstdint>

@@ -7,8 +7,8 @@ namespace camelid::cuda::sm90 {
 
 constexpr int kManyQueries = 128;  // of an item, at most
 
-// Which caches attend_many below reads: bf16, head_dim up to 128. The others are for the one that
-// any GPU runs, with its smaller items.
+// Which caches attend_many below reads: those of head_dim up to 128. The others are for the one
+// that any GPU runs, with its smaller items.
 bool attend_many_fits(const KvShape& shape);
 
 // As camelid::cuda::attend_many.

@@ -86,8 +86,9 @@ __device__ __forceinline__ Rows advance(Rows rows, int n_bytes) {
 // product, with the inputs' values for its first 64 columns; those for the next 64 lie panel_bytes
 // further, and so on. Advancing by 2048 is to the next 16 inputs. Bits 16-29 of the descriptor have
 // panel_bytes / 16, the "leading dimension byte offset"; the other half is the same: eight inputs
-// are 1024 bytes. Source: make_gmma_desc<Major::MN> in CUTLASS's cute/atom/mma_traits_sm90_gmma.hpp,
-// whose canonical layout B128 is ((8,8,m),(8,k)) : ((1,8,LBO),(64,SBO)) in columns and inputs.
+// are 1024 bytes. Source: make_gmma_desc<Major::MN> in CUTLASS's
+// cute/atom/mma_traits_sm90_gmma.hpp, whose canonical layout B128 is ((8,8,m),(8,k)) :
+// ((1,8,LBO),(64,SBO)) in columns and inputs.
 __device__ inline Rows describe_columns(const void* shared, int panel_bytes) {
   return describe_rows(shared) | static_cast<Rows>(panel_bytes / 16) << 16;
 }
@@ -123,8 +124,8 @@ __device__ __forceinline__ void multiply(float (&d)[kColumns / 2], const std::ui
 
 }  // namespace hopper
 
-// Between a thread's own accesses of a and d, after a wait above all, and the next product. Products
-// that add to the same d one after the other need it once.
+// Between a thread's own accesses of a and d, after a wait above all, and the next product.
+// Products that add to the same d one after the other need it once.
 __device__ inline void start_products() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }

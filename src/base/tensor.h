@@ -19,8 +19,8 @@ struct TensorView {
   const void* data = nullptr;
 };
 
-// What activations are for. Sums are float32 everywhere. Operands are what products with weights are
-// made of, in the type a backend multiplies: float32 on the CPU, bf16 on a GPU.
+// What activations are for. Sums are float32 everywhere. Operands are what products with weights
+// are made of, in the type a backend multiplies: float32 on the CPU, bf16 on a GPU.
 enum class Role : std::uint8_t { kSum, kOperand };
 
 // Activations [n_rows, dim] on a backend, rows `row_stride` elements apart; only the backend looks

@@ -21,8 +21,8 @@ class Llama4 {
  public:
   Llama4(Backend& backend, const ModelConfig& config, const Weights& weights);
 
-  // Starts `plan`, some of whose tokens' embeddings `features` replace. What it points to may go when
-  // this returns.
+  // Starts `plan`, some of whose tokens' embeddings `features` replace. What it points to may go
+  // when this returns.
   void start(const StepPlan& plan, std::span<const EmbeddingRun> features);
   // The best logits of the rows of the plan that was started last. Waits for them.
   std::vector<TopLogits> top() { return backend_.top(); }

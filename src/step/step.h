@@ -1,10 +1,10 @@
 // From a batch to logits and sampled tokens: cuts a step at chunk boundaries, plans its KV pages,
 // runs the model, and samples the rows that asked for it.
 //
-// Where the host only sees the best logits, and the device works while the host does, it runs ahead:
-// after a step of decoding alone it starts the next one with the tokens just sampled, before anybody
-// asks. Who then asks for just that finds it done or under way; what nobody asks for is forgotten,
-// and the keys it left are overwritten by whatever comes at their position.
+// Where the host only sees the best logits, and the device works while the host does, it runs
+// ahead: after a step of decoding alone it starts the next one with the tokens just sampled, before
+// anybody asks. Who then asks for just that finds it done or under way; what nobody asks for is
+// forgotten, and the keys it left are overwritten by whatever comes at their position.
 #pragma once
 
 #include <map>

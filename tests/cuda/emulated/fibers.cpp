@@ -2,6 +2,7 @@
 // says who waits where when nothing can go on. It knows nothing of what kernels compute.
 
 #include "machine.h"
+#include "stream_work.h"
 
 #include "../case.h"
 
@@ -57,10 +58,7 @@ struct Machine {
   int n_alive = 0;
   std::int64_t n_looks = 0;  // since something happened
 
-  std::deque<std::function<void()>> work;  // of the stream, which waits
-  std::int64_t n_done = 0;                 // of all that was submitted
-  bool recording = false;
-  Record record;
+  StreamWork work;
 
   Stacks stacks;
   std::map<const std::byte*, GuardedBytes> allocations;
@@ -354,42 +352,16 @@ void run(const Grid& what, void (*thread)(const void* call), const void* call) {
 // ---- the stream ----
 
 void submit(std::function<void()> work, bool may_wait) {
-  if (machine.recording) {
-    machine.record.emplace_back(std::move(work), may_wait);
-    return;
-  }
   const auto copies = static_cast<Copies>(machine.seed % 3);
   const bool waits = copies == Copies::kLate || (copies == Copies::kRandom && below(2) == 0);
-  machine.work.push_back(std::move(work));
-  if (machine.work.size() == 1 && !(may_wait && waits)) finish_work(n_submitted());
+  machine.work.submit(std::move(work), may_wait, may_wait && waits);
 }
-
-void start_recording() { machine.recording = true; }
-Record finish_recording() {
-  machine.recording = false;
-  return std::exchange(machine.record, {});
-}
+std::int64_t n_submitted() { return machine.work.n_submitted(); }
+void finish_work(std::int64_t n) { machine.work.finish(n); }
+void start_recording() { machine.work.record(); }
+Record finish_recording() { return machine.work.recorded(); }
 void replay(const Record& record) {
   for (const auto& [work, may_wait] : record) submit(work, may_wait);
-}
-
-std::int64_t n_submitted() {
-  return machine.n_done + static_cast<std::int64_t>(machine.work.size());
-}
-
-void finish_work(std::int64_t n) {
-  while (machine.n_done < n) {
-    const std::function<void()> work = std::move(machine.work.front());
-    machine.work.pop_front();
-    ++machine.n_done;
-    try {
-      work();
-    } catch (...) {  // nothing of what would have followed happens
-      machine.n_done = n_submitted();
-      machine.work.clear();
-      throw;
-    }
-  }
 }
 
 // ---- what threads ask for ----

@@ -156,7 +156,8 @@ void meet_block(const char* what, const Where& where);
 unsigned add(unsigned* counter, unsigned amount, const Where& where);
 unsigned load(const unsigned* flag, const Where& where);
 void fence();
-// Others may go first: after something that they may see, and where what is looked for is not there.
+// Others may go first: after something that they may see, and where what is looked for is not
+// there.
 void let_go(const char* what, const Where& where);
 void look(const char* what, const Where& where);
 
