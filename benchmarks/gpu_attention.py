@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import gpu_dense  # noqa: E402
 import gpu_kernels  # noqa: E402
 import records  # noqa: E402
 from attention_cases import ITEM, CAttention, Plan, kv_sizes, plan_spans  # noqa: E402
@@ -238,9 +239,9 @@ def logits_rows(gpu: Gpu, model: Attention, l2_bytes: int, vocab: int = 202048) 
 
 
 NOTE = (
-    "runs of a graph of calls in a row, to other layers' pages each; few rows stay in L2, as in "
-    "the engine. The limit is the larger of bytes over the read bandwidth and products over the "
-    "bf16 peak; of prefill only pairs count that see each other."
+    "Medians of runs of a graph of calls in a row, to other layers' pages each; few rows stay in "
+    "L2, as in the engine. The limit is the larger of bytes over the read bandwidth and products "
+    "over the bf16 peak; of prefill only pairs count that see each other."
 )
 
 FAMILIES: list[Callable[[Gpu, Attention, int], Iterator[Row]]] = [
@@ -256,7 +257,7 @@ def measure(gpu: Gpu, model: Attention, sizes: Model) -> dict[str, Any]:
     """Return the record of everything."""
     machine = gpu.info()
     peaks = gpu_kernels.memory_peaks(gpu, sizes)
-    peaks |= gpu_kernels.bf16_peak(gpu, sizes, machine["capability"])
+    peaks |= gpu_dense.bf16_peak(gpu, sizes, machine["capability"])
     rows = []
     for family in FAMILIES:
         for row in family(gpu, model, machine["l2_bytes"]):

@@ -26,17 +26,19 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import records  # noqa: E402
 from cuda_cases import (  # noqa: E402
+    ADD,
     BF16,
+    DTYPE_BF16,
     PLAIN,
     STORE,
-    STORE_BF16,
     SWIGLU,
-    CDense,
+    CSource,
     Shape,
-    bf16,
     from_bf16,
 )
+from gpu_dense import bf16_peak, dense_rows  # noqa: E402
 from gpu_parts import (  # noqa: E402
+    SMALL_SCALES,
     Call,
     Gpu,
     Model,
@@ -48,7 +50,7 @@ from gpu_parts import (  # noqa: E402
     shape_bytes,
     workspace,
 )
-from grouped_cases import Product, list_tiles  # noqa: E402
+from grouped_cases import Product, Route, list_tiles  # noqa: E402
 
 
 # ---- what the GPU can do at most ----
@@ -65,54 +67,16 @@ def memory_peaks(gpu: Gpu, model: Model) -> dict[str, float]:
     }
 
 
-def bf16_peak(gpu: Gpu, model: Model, capability: int) -> dict[str, Any]:
-    """Return TFLOP/s of a large product on random data: PyTorch's, our own, the larger counts."""
-    found = {"ours": 0.0, "torch": torch_tflop_s(model.big) or 0.0}
-    if capability == 90:
-        row = dense_row(gpu, model.big)
-        found["ours"] = row.n_flops / median(row.us) / 1e6
-    best = max(found, key=found.__getitem__)
-    return {"bf16_tflop_s": found[best], "bf16_measured_by": best if found[best] else "nobody"}
-
-
-def torch_tflop_s(n: int) -> float | None:
-    """Return what PyTorch reaches, where it is there and sees the GPU."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(13):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    del a, b
-    torch.cuda.empty_cache()  # others want it
-    return 2 * n**3 / median(times[3:]) / 1e9
-
-
-def dense_row(gpu: Gpu, n: int) -> Row:
-    """Return our own bf16 product of n x n matrices."""
-    normal = bf16(np.random.default_rng(0).standard_normal(1 << 20))
-    x, w = (gpu.device.put(np.resize(normal, (n, n))) for _ in range(2))
-    y = gpu.device.reserve(2 * n * n)
-    c = CDense(x.address, w.address, y.address, None, None, 0, *[n] * 6, STORE_BF16)
-    gpu.device.library.matmul_dense_need.restype = ctypes.c_int64
-    need = gpu.device.library.matmul_dense_need(ctypes.byref(c))
-    workspace = gpu.device.reserve(max(1, need))
-    times = gpu.times([("run_matmul_dense", c, workspace)], 20, 4)
-    return Row(f"dense bf16 {n} x {n}", n, 6 * n * n, 2 * n**3, times)
-
-
 # ---- kernels ----
 def matmul_rows(
-    gpu: Gpu, name: str, rows: int, inputs: int, bits: int, tokens: tuple[int, ...], l2_bytes: int
+    gpu: Gpu,
+    name: str,
+    rows: int,
+    inputs: int,
+    bits: int,
+    tokens: tuple[int, ...],
+    l2_bytes: int,
+    output: int = STORE,
 ) -> Iterator[Row]:
     """Measure a dense matrix with a few tokens."""
     one = Shape(rows, inputs, 1, bits // 8, BF16, PLAIN)
@@ -120,18 +84,21 @@ def matmul_rows(
               for seed in range(n_copies(sum(shape_bytes(gpu, one)), l2_bytes))]  # fmt: skip
     for n_tokens in tokens:
         x = gpu.device.put(activations(n_tokens, inputs))
-        y = gpu.device.reserve(4 * n_tokens * rows)
+        y = gpu.device.put(np.zeros((n_tokens, rows), np.float32))
         need = (ctypes.c_int64 * 2)()
         gpu.device.library.matmul_few_need(ctypes.byref(one), n_tokens, need)
         shared = workspace(gpu, *need)
         calls: list[Call] = [
-            ("run_matmul_few", w.shape, w.tiles, w.scales, x, n_tokens, inputs, y, rows, STORE,
+            ("run_matmul_few", w.shape, w.tiles, w.scales, x, n_tokens, inputs, y, rows, output,
              *shared)
             for w in copies
         ]  # fmt: skip
-        n_bytes = copies[0].n_bytes + x.n_bytes + y.n_bytes
+        n_bytes = copies[0].n_bytes + x.n_bytes + y.n_bytes * (2 if output == ADD else 1)
         flops = 2 * n_tokens * rows * inputs
-        yield Row(f"INT{bits} {name} {rows} x {inputs}", n_tokens, n_bytes, flops, gpu.times(calls))
+        added = ", added" if output == ADD else ""
+        yield Row(
+            f"INT{bits} {name} {rows} x {inputs}{added}", n_tokens, n_bytes, flops, gpu.times(calls)
+        )
 
 
 def moe_rows(gpu: Gpu, model: Model, l2_bytes: int) -> Iterator[Row]:
@@ -177,12 +144,13 @@ def grouped_rows(gpu: Gpu, model: Model, l2_bytes: int) -> Iterator[Row]:
         factors = gpu.device.put(np.full(2 * n_tokens, 0.5, np.float32))
         ends = [gpu.device.put(np.array([end], np.int32)) for end in (0, len(tiles))]
         act = gpu.device.put(activations(2 * n_tokens, model.ffn_dim))
-        out = gpu.device.reserve(2 * n_tokens * model.dim * 4)
+        out = gpu.device.put(np.zeros((2 * n_tokens, model.dim), np.float32))
         at = gpu.device.put(tiles)
         x = gpu.device.put(values)
         products = [
             ("gate, up, SwiGLU", 0, SWIGLU, x, act, x_rows, factors),
             ("down", 1, STORE, act, out, None, None),
+            ("down, added", 1, ADD, act, out, None, None),
         ]
         for name, which, output, source, target, rows, scale in products:
             weights = [pair[which] for pair in pairs]
@@ -195,19 +163,64 @@ def grouped_rows(gpu: Gpu, model: Model, l2_bytes: int) -> Iterator[Row]:
             c = Product(shape, output, 0, hopper, multiprocessors, shape.inputs, stride)
             call = ("case_grouped", c, table, source, target, rows, None, scale, at, *ends)
             n_hit = sum(count > 0 for count in counts)
-            n_bytes = n_hit * weights[0].n_bytes + source.n_bytes + target.n_bytes
+            n_bytes = n_hit * weights[0].n_bytes + source.n_bytes
+            n_bytes += target.n_bytes * (2 if output == ADD else 1)
             n_flops = 4 * n_tokens * shape.rows * shape.inputs
             title = f"INT4 experts, grouped: {name}"
             yield Row(title, n_tokens, n_bytes, n_flops, gpu.times([call], 20, 4))
 
 
+def routing_rows(gpu: Gpu, model: Model, _l2_bytes: int) -> Iterator[Row]:
+    """Measure sorting of tokens by expert, and adding up the rows of their visits."""
+    library = gpu.device.library
+    library.case_route_bytes.restype = ctypes.c_int64
+    for n_tokens in model.prefill_tokens:
+        for top_k in (1, 2) if model.n_experts > 1 else (1,):
+            shape = Route(n_tokens, model.n_experts, top_k, 1)
+            memory = gpu.device.reserve(library.case_route_bytes(ctypes.byref(shape)))
+            random = np.random.default_rng(n_tokens).standard_normal((n_tokens, model.n_experts))
+            logits = gpu.device.put(random.astype(np.float32))
+            name = f"routing, top {top_k} of {model.n_experts}"
+            n_bytes = logits.n_bytes + memory.n_bytes
+            us = gpu.times([("case_route", shape, logits, memory)], 20, 4)
+            yield Row(name, n_tokens, n_bytes, 0, us)
+            gpu.device.submit("case_route", shape, logits, memory)
+            n_visits = n_tokens * (top_k + 1)
+            rows = gpu.device.put(np.zeros((n_visits, model.dim), np.float32))
+            y = gpu.device.put(np.zeros((n_tokens, model.dim), np.float32))
+            stride = ctypes.c_int64(model.dim)
+            call = ("case_combine", shape, memory, rows, stride, y, stride, model.dim)
+            n_bytes = rows.n_bytes + 2 * y.n_bytes
+            us = gpu.times([call], 20, 4)
+            yield Row(f"sum of {top_k + 1} visits", n_tokens, n_bytes, 0, us)
+
+
+def packing_rows(gpu: Gpu, model: Model, _l2_bytes: int) -> Iterator[Row]:
+    """Measure packing of a matrix as a checkpoint holds it, from the host's memory on."""
+    rows, inputs = model.qkv_rows, model.dim
+    for bits in (4, 8):
+        rng = np.random.default_rng(bits)
+        words = rng.integers(0, 1 << 32, (rows, inputs * bits // 32), np.uint32)
+        scales = np.full((rows, inputs // 128), SMALL_SCALES[bits], np.uint16)
+        source = CSource(words.ctypes.data, scales.ctypes.data, None, bits, 128, DTYPE_BF16, rows,
+                         inputs)  # fmt: skip
+        one = Shape(rows, inputs, 1, bits // 8, BF16, PLAIN)
+        tiles, packed = (gpu.device.reserve(n_bytes) for n_bytes in shape_bytes(gpu, one))
+        call = ("run_pack", source, 1, PLAIN, ctypes.c_int64(64 << 20), tiles, packed, Shape())
+        n_bytes = words.nbytes + scales.nbytes
+        yield Row(f"INT{bits} packing {rows} x {inputs}", 0, n_bytes, 0, gpu.wall_times(call))
+
+
 # Each family of kernels; what it reserves goes back before the next begins.
 FAMILIES: list[Callable[[Gpu, Model, int], Iterator[Row]]] = [
     lambda gpu, model, l2: matmul_rows(gpu, "QKV", model.qkv_rows, model.dim, 4, (1, 8), l2),
-    lambda gpu, model, l2: matmul_rows(gpu, "O", model.dim, model.dim, 4, (1, 8), l2),
+    lambda gpu, model, l2: matmul_rows(gpu, "O", model.dim, model.dim, 4, (1, 8), l2, ADD),
     moe_rows,
     grouped_rows,
     lambda gpu, model, l2: matmul_rows(gpu, "lm_head", model.vocab_size, model.dim, 8, (1, 8), l2),
+    dense_rows,
+    routing_rows,
+    packing_rows,
 ]
 
 
@@ -221,7 +234,7 @@ def limit_us(row: dict[str, Any], peaks: dict[str, Any]) -> float:
 def kernel_table(record: dict[str, Any]) -> str:
     """Return a Markdown table of medians beside their limits."""
     columns = ["kernel", "tokens", "MB", "us", "10 % to 90 %", "limit, us", "of limit",
-               "GB/s", "of copy"]  # fmt: skip
+               "GB/s", "of copy", "of torch"]  # fmt: skip
     lines = [columns]
     for row in record["rows"]:
         time, limit = median(row["us"]), limit_us(row, record["peaks"])
@@ -230,15 +243,20 @@ def kernel_table(record: dict[str, Any]) -> str:
         lines.append(
             [row["name"], str(row["n_tokens"]), f"{row['n_bytes'] / 1e6:.1f}", f"{time:.2f}",
              f"{low:.2f} to {high:.2f}", f"{limit:.2f}", f"{limit / time:.0%}", f"{speed:.0f}",
-             f"{speed / record['peaks']['copy_gb_s']:.0%}"]
+             f"{speed / record['peaks']['copy_gb_s']:.0%}",
+             f"{median(row['torch_us']) / time:.2f}" if row.get("torch_us") else ""]
         )  # fmt: skip
     return records.table(lines)
 
 
 NOTE = (
-    "runs of a graph of calls in a row, each on another copy of its weights, which together pass "
-    "L2 twice. The limit is the larger of bytes over the read bandwidth and products over the bf16 "
-    "peak. Weights are random; experts are those that random tokens choose."
+    "Medians. Products of few tokens: of 50 runs of a graph of at least 32 calls, each on another "
+    "copy of its weights, which together pass L2 twice. Grouped and dense products and routing: of "
+    "20 runs of a graph of 4 calls on the same data, which is more than L2 holds where tokens are "
+    "many. Packing: of 10 calls by the host's clock, copies to the GPU included, so PCIe is its "
+    "limit. The limit is the larger of bytes over the read bandwidth and products over the bf16 "
+    "peak (twice that for FP8 on paper). Weights are random; experts are those that random tokens "
+    "choose. Of torch: its time over ours."
 )
 
 
@@ -252,11 +270,12 @@ def markdown(record: dict[str, Any], note: str) -> str:
             f"Measured in the same run: reading {peaks['read_gb_s']:.0f} GB/s, copying "
             f"{peaks['copy_gb_s']:.0f} GB/s (read plus written), a bf16 product of large matrices "
             f"{peaks['bf16_tflop_s']:.0f} TFLOP/s (by {peaks['bf16_measured_by']}). "
-            f"{machine['multiprocessors']} multiprocessors, {machine['l2_bytes'] >> 20} MiB L2.",
+            f"{machine['multiprocessors']} multiprocessors, {machine['l2_bytes'] >> 20} MiB L2. "
+            f"{records.software(record)}",
             "",
             kernel_table(record),
             "",
-            f"Medians of {len(record['rows'][0]['us'])} {note}",
+            note,
         ]
     )
 
@@ -278,7 +297,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", type=Path, required=True, help="what tools/gpu_check built")
-    parser.add_argument("--note", default="", help="part of the result's name")
+    records.add_note(parser)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
     return parser.parse_args(argv)
 

@@ -6,6 +6,7 @@ Must never know which kernels are measured.
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Model:
     peak_bytes: int = 2 << 30  # what is read and copied for the peaks
     moe_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     prefill_tokens: tuple[int, ...] = (256, 1024, 4096, 8192)
+    dense_tokens: tuple[int, ...] = (128, 1024, 8192)
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Row:
     n_bytes: int
     n_flops: int
     us: list[float] = field(default_factory=list)
+    torch_us: list[float] = field(default_factory=list)  # PyTorch's, where it has the same
 
 
 class Gpu:
@@ -54,9 +57,10 @@ class Gpu:
         self.device = Device(ctypes.CDLL(str(library)), emulated=False)
 
     def info(self) -> dict[str, Any]:
-        name, numbers = ctypes.create_string_buffer(256), (ctypes.c_int64 * 5)()
+        name, numbers = ctypes.create_string_buffer(256), (ctypes.c_int64 * 7)()
         self.device.submit("gpu_info", name, numbers)
-        keys = ("multiprocessors", "l2_bytes", "memory_bytes", "clock_khz", "capability")
+        keys = ("multiprocessors", "l2_bytes", "memory_bytes", "clock_khz", "capability",
+                "cuda_of_driver", "cuda_runtime")  # fmt: skip
         return {"gpu": name.value.decode(), **dict(zip(keys, numbers, strict=True))}
 
     def random(self, n_bytes: int, seed: int) -> Memory:
@@ -75,6 +79,15 @@ class Gpu:
         self.device.submit("graph_times", 3, milliseconds)  # to warm up
         self.device.submit("graph_times", n_runs, milliseconds)
         return [1000 * value / len(calls) for value in milliseconds]
+
+    def wall_times(self, call: Call, n_runs: int = 10) -> list[float]:
+        """Return the microseconds of a call that copies from the host, which no graph holds."""
+        times = []
+        for _ in range(n_runs + 2):
+            start = time.perf_counter()
+            self.device.submit(*call)
+            times.append(1e6 * (time.perf_counter() - start))
+        return times[2:]
 
 
 # ---- weights, activations and what blocks share ----

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where the benchmarks wrote their results")
-    parser.add_argument("--note", default="", help="part of the result's name")
+    records.add_note(parser)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     found = newest(args.folder)
@@ -131,9 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     last = next(iter(found.values()))
     gpu = last["machine"]["gpu"]
     bars = bar_table(found)
-    parts = [f"# {last['date']}: {gpu}, camelid {last['version']}", bars]
+    parts = [f"# {last['date']}: {gpu}, camelid {last['version']}", records.software(last), bars]
     parts += [f"#{make(found[name])}" for name, make in MARKDOWN.items() if name in found]
-    record = {key: last[key] for key in ("date", "version", "machine")}
+    keys = ("date", "version", "commit", "driver", "machine")
+    record = {key: last[key] for key in keys if key in last}
     record |= {"benchmark": "", "records": found}
     note = "-".join(filter(None, (records.slug(gpu), args.note)))
     path = records.write(record, "\n\n".join(parts), args.out, note)

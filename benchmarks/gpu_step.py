@@ -339,7 +339,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 def measured_peaks(library: Path) -> dict[str, Any]:
     """Return what the GPU reads, copies and multiplies at most, and what it is."""
-    from gpu_kernels import bf16_peak, memory_peaks
+    from gpu_dense import bf16_peak
+    from gpu_kernels import memory_peaks
     from gpu_parts import Gpu, Model
 
     gpu, model = Gpu(library), Model()
@@ -370,7 +371,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeline", action="store_true", help="also each call of a step")
     parser.add_argument("--memory", type=int, default=0, help="bytes (default: what is free)")
     parser.add_argument("--threads", type=int, default=0, help="that pack weights")
-    parser.add_argument("--note", default="", help="part of the result's name")
+    records.add_note(parser)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
     return parser.parse_args(argv)
 

@@ -26,6 +26,7 @@ FLOAT32_ROUNDING = 2.0**-24
 BF16_ROUNDING = 2.0**-8
 EXP_ERROR = 2.0**-19  # of exp_fast, relative: __expf is off by 2 + 1.16 |x| in the last place
 CHUNK = 128
+DTYPE_BF16 = 2  # as DType counts
 
 
 def bf16(values: Array) -> NDArray[np.uint16]:
@@ -222,6 +223,15 @@ def empty_y(n_tokens: int, columns: int, output: int) -> Array:
     if output in (STORE_BF16, SWIGLU):
         return np.full((n_tokens, columns + 3), NAN_BF16, np.uint16)
     return np.full((n_tokens, columns + 3), np.nan, np.float32)
+
+
+class CSource(ctypes.Structure):
+    """A linear as a checkpoint holds it, as tests/cuda/pack.cu takes it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "zero_points")),
+        *((name, ctypes.c_int) for name in ("bits", "group", "scale_dtype", "rows", "inputs")),
+    ]
 
 
 class CDense(ctypes.Structure):

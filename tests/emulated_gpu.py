@@ -42,3 +42,6 @@ class Emulated(gpu_parts.Gpu):
             if call[0] not in ("read_memory", "copy_memory"):
                 self.device.submit(*call)
         return [US] * n_runs
+
+    def wall_times(self, call: gpu_parts.Call, n_runs: int = 3) -> list[float]:
+        return self.times([call], n_runs)

@@ -64,6 +64,11 @@ int gpu_info(char* name, std::int64_t* numbers) {
     numbers[2] = static_cast<std::int64_t>(properties.totalGlobalMem);
     numbers[3] = clock;
     numbers[4] = properties.major * 10 + properties.minor;
+    int driver = 0, runtime = 0;  // 13000 for CUDA 13.0
+    check(cudaDriverGetVersion(&driver), "driver");
+    check(cudaRuntimeGetVersion(&runtime), "runtime");
+    numbers[5] = driver;
+    numbers[6] = runtime;
   });
 }
 

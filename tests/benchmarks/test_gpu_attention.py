@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gpu_attention
-import gpu_kernels
+import gpu_dense
 from attention_cases import plan_spans
 from emulated_gpu import TINY, Emulated
 
@@ -26,7 +26,7 @@ L2 = 1 << 14
 def test_every_kernel_is_called_and_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_kernels, "torch_tflop_s", lambda n: 100.0)
+    monkeypatch.setattr(gpu_dense, "torch_us", lambda kind, sizes, output: [2.0])
     gpu = Emulated()
     gpu_attention.main(["--library", "none", "--out", str(tmp_path)], gpu, SMALL, TINY)
     (path,) = tmp_path.glob("*-gpu-attention-emulated-5-sms.json")

@@ -7,25 +7,29 @@ from pathlib import Path
 
 import pytest
 
+import gpu_dense
 import gpu_kernels
 import gpu_parts
+import records
 from emulated_gpu import TINY, Emulated
 
 
 def test_every_kernel_is_called_and_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_kernels, "torch_tflop_s", lambda n: 100.0)
+    monkeypatch.setattr(gpu_dense, "torch_us", lambda kind, sizes, output: [2.0])
     gpu = Emulated()
     gpu_kernels.main(["--library", "none", "--out", str(tmp_path)], gpu, TINY)
     (path,) = tmp_path.glob("*-gpu-kernels-emulated-5-sms.json")
     record = json.loads(path.read_text())
     assert [(row["name"].split()[1], row["n_tokens"]) for row in record["rows"]] == [
         ("QKV", 1), ("QKV", 8), ("O", 1), ("O", 8), ("experts", 1), ("experts", 9),
-        ("experts,", 7), ("experts,", 7), ("lm_head", 1), ("lm_head", 8),
+        ("experts,", 7), ("experts,", 7), ("experts,", 7), ("lm_head", 1), ("lm_head", 8),
+        ("top", 7), ("of", 7), ("top", 7), ("of", 7), ("packing", 0), ("packing", 0),
     ]  # fmt: skip
     assert set(gpu.called) == {
-        "read_memory", "copy_memory", "run_matmul_few", "run_experts_few", "case_grouped"
+        "read_memory", "copy_memory", "run_matmul_few", "run_experts_few", "case_grouped",
+        "case_route", "case_combine", "run_pack",
     }  # fmt: skip
     report = path.with_suffix(".md").read_text()
     assert "(by torch)" in report
@@ -56,12 +60,28 @@ def test_table_holds_medians_against_limits() -> None:
     record = {
         "peaks": {"read_gb_s": 4000.0, "copy_gb_s": 3000.0, "bf16_tflop_s": 800.0},
         "rows": [{"name": "k", "n_tokens": 1, "n_bytes": 8_000_000, "n_flops": 0,
-                  "us": [4.0, 4.0, 5.0]}],
+                  "us": [4.0, 4.0, 5.0], "torch_us": [3.0]}],
     }  # fmt: skip
     line = gpu_kernels.kernel_table(record).splitlines()[2]
-    assert line == "| k | 1 | 8.0 | 4.00 | 4.00 to 4.80 | 2.00 | 50% | 2000 | 67% |"
+    assert line == "| k | 1 | 8.0 | 4.00 | 4.00 to 4.80 | 2.00 | 50% | 2000 | 67% | 0.75 |"
 
 
 @pytest.mark.parametrize(("n_bytes", "copies"), [(1000, 2), (100, 3), (99, 4), (10, 21)])
 def test_copies_pass_l2_twice(n_bytes: int, copies: int) -> None:
     assert gpu_parts.n_copies(n_bytes, 100) == copies
+
+
+def test_results_of_a_day_stay_and_notes_are_names(tmp_path: Path) -> None:
+    record = {"date": "2026-12-24", "benchmark": "gpu_kernels"}
+    names = [records.write(record, "", tmp_path, "x").name for _ in range(3)]
+    assert names == [f"2026-12-24-gpu-kernels-x{number}" for number in ("", "-2", "-3")]
+    with pytest.raises(SystemExit):
+        gpu_kernels.parse(["--library", "none", "--note", "a/b"], None)
+
+
+def test_a_result_says_what_was_measured() -> None:
+    record = records.gpu_head("gpu_kernels", {"cuda_runtime": 13000})
+    assert set(record) == {"benchmark", "date", "version", "commit", "driver", "machine"}
+    record |= {"commit": "0123456789ab-dirty", "driver": "580.65.06"}
+    assert records.software(record) == "Commit 0123456789ab-dirty, driver 580.65.06, CUDA 13.0."
+    assert "unknown" in records.software({"machine": {}})

@@ -34,6 +34,7 @@ def tokens(*n_keys: int) -> list[tuple[int, int]]:
     return [(n - 1, 1) for n in n_keys]
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 88, 128, 256])
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_and_head_dim(device: Device, form: int, head_dim: int) -> None:
@@ -75,6 +76,7 @@ def test_lengths_of_several_thousand(device: Device) -> None:
     check_attention(device, case_of(device, 4, spans, n_kv_heads=1, group=4))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_several_rows_of_a_span(device: Device, causal: bool, n_rows: int) -> None:

@@ -35,6 +35,7 @@ def case_of(
     return case
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 88, 128, 256])
 def test_every_format_and_head_dim(device: Device, hopper: bool, form: int, head_dim: int) -> None:
@@ -64,6 +65,7 @@ def test_batches_over_pages(
     check_many(case, run_many(device, case, hopper=hopper, seed=page_size))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("skip", [3, 64, 101])
 def test_tiles_may_begin_anywhere(device: Device, hopper: bool, skip: int) -> None:
     case = case_of(device, hopper, [(40, 23)], group=7)

@@ -39,6 +39,7 @@ def check(device: Device, w: Experts, rng: np.random.Generator, n_tokens: int) -
     return found[:, : w.dim]
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("scales", "group"), [(BF16, 128), (PAIRS, 128), (PAIRS, 64), (PAIRS, 32)])
 def test_every_format(device: Device, bits: int, scales: int, group: int) -> None:
@@ -56,6 +57,7 @@ def test_every_number_of_tokens(device: Device, n_tokens: int) -> None:
     check(device, w, rng, min(n_tokens, experts_few_need(device, w, 1)[3]))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("has_shared", [True, False])
 def test_every_number_of_visits(device: Device, top_k: int, has_shared: bool) -> None:
@@ -73,6 +75,7 @@ def test_most_experts_may_be_empty(device: Device, n_experts: int) -> None:
     check(device, w, rng, 3)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_all_tokens_on_one_expert(device: Device, top_k: int) -> None:
     """A router of zeros: all experts are equal, and the lower numbers go first."""

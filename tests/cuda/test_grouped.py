@@ -66,6 +66,7 @@ FORMATS = [
 ]
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_matrix_equals_float64(
@@ -101,6 +102,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(("seed", "ffn"), [(0, 44), (1, 45), (2, 44)])
 def test_experts_gather_and_swiglu(
@@ -135,6 +137,7 @@ def test_experts_gather_and_swiglu(
     assert_close(from_bf16(act[:n_visits, :ffn]), expected, abs(expected) + 1e-3, BF16)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_down_adds_each_visit_to_its_token(device: Device, hopper: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -51,6 +51,7 @@ def run_dense(device: Device, kind: int, x: Any, w: Any, y: Any, output: int, *s
     return at[2].read()
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("output", [STORE, STORE_BF16, ADD])
 @pytest.mark.parametrize(
     ("n_tokens", "rows", "inputs"), [(1, 8, 8), (65, 136, 72), (300, 520, 264), (129, 256, 1024)]
@@ -75,6 +76,7 @@ def e4m3_values() -> Any:
     return np.where(byte & 127 == 127, 0.0, np.where(byte >= 128, -value, value))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("output", [STORE_BF16, ADD])
 @pytest.mark.parametrize(("n_tokens", "rows", "inputs"), [(1, 16, 16), (70, 144, 272)])
 def test_fp8(hopper: Device, n_tokens: int, rows: int, inputs: int, output: int) -> None:

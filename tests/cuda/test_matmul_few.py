@@ -53,6 +53,7 @@ def check(device: Device, w: Matrix, rng: np.random.Generator, n_tokens: int, ou
     return found
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("scales", "group"), GROUPS)
 def test_every_format(device: Device, bits: int, scales: int, group: int | None) -> None:
@@ -78,6 +79,7 @@ def test_odd_sizes(device: Device, rows: int, inputs: int) -> None:
     check(device, w, rng, 3, STORE)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("scales", [BF16, PAIRS])
 @pytest.mark.parametrize("output", [STORE_BF16, ADD, SWIGLU])
@@ -95,6 +97,7 @@ def test_gate_and_up_meet_whatever_their_number(device: Device, rows: int) -> No
     check(device, w, rng, 3, SWIGLU)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 7, 16, 40])
 def test_row_blocks_shared_by_any_number_of_blocks(device: Device, multiprocessors: int) -> None:
     device.arrange(seed=multiprocessors, multiprocessors=multiprocessors)

@@ -18,6 +18,7 @@ from cuda_cases import (
 from cuda_device import Device, DeviceError
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("output", [STORE, STORE_BF16, ADD])
 @pytest.mark.parametrize(
     ("n_tokens", "rows", "inputs"),

@@ -10,18 +10,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cuda_cases import BF16, GATE_UP, PAIRS, PLAIN, Quantized, Shape, bf16, from_bf16, pack
+from cuda_cases import (
+    BF16,
+    DTYPE_BF16,
+    GATE_UP,
+    PAIRS,
+    PLAIN,
+    CSource,
+    Quantized,
+    Shape,
+    bf16,
+    from_bf16,
+    pack,
+)
 from cuda_device import Device, DeviceError
 
-F32, F16, DTYPE_BF16 = range(3)  # as DType counts
+F32, F16 = range(2)  # as DType counts, and DTYPE_BF16
 PIECE = 1 << 16
-
-
-class CSource(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("words", "scales", "zero_points")),
-        *((name, ctypes.c_int) for name in ("bits", "group", "scale_dtype", "rows", "inputs")),
-    ]
 
 
 @dataclass
@@ -131,6 +136,7 @@ def test_every_format(device: Device, bits: int, dtype: int, zeros: bool, group:
     assert shape.entries == {32: 4, 64: 2, 96: 4}.get(group, 1)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 8, 13, 40])
 def test_gate_and_up_meet_in_tiles(device: Device, bits: int, rows: int) -> None:
@@ -151,6 +157,7 @@ def test_a_stack_of_unlike_parts(device: Device) -> None:
     assert (shape.rows, shape.entries, shape.scales) == (56, 2, PAIRS)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("seed", range(7))
 @pytest.mark.parametrize("order", [PLAIN, GATE_UP])
 def test_in_many_pieces(device: Device, seed: int, order: int) -> None:

@@ -61,6 +61,7 @@ def test_routes_equal_numpy(device: Device, n_tokens: int, n_experts: int, top_k
     check(device, logits, top_k, shared=n_tokens % 2 == 1, seed=n_tokens % 3)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("top_k", [1, 3, 8])
 def test_ties_go_to_the_lower_expert(device: Device, top_k: int) -> None:
     rng = np.random.default_rng(top_k)
@@ -68,6 +69,7 @@ def test_ties_go_to_the_lower_expert(device: Device, top_k: int) -> None:
     check(device, np.zeros((70, 48), np.float32), top_k, shared=True)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("expert", [0, 7, 15])
 def test_all_tokens_on_one_expert(device: Device, expert: int) -> None:
     logits = np.full((700, 16), -np.inf, np.float32)
@@ -136,6 +138,7 @@ def expected_layer(
     return y
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("hopper", [False, True], ids=["sm80", "sm90"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_layer_of_experts_equals_float64(device: Device, hopper: bool, top_k: int) -> None:

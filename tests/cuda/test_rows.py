@@ -109,6 +109,7 @@ def exact_layer_norm(x: Array, gain: Array, bias: Array) -> tuple[Array, Array]:
     return y + bias, allowed + FLOAT32_ROUNDING * np.abs(y + bias)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("element", [F32, BF16_ROWS])
 def test_rms_norm(device: Device, dim: int, element: int) -> None:
@@ -121,6 +122,7 @@ def test_rms_norm(device: Device, dim: int, element: int) -> None:
     assert_within(y.read(), exact, allowed + rounding_of(y, exact))
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("element", [F32, BF16_ROWS])
 def test_layer_norm(device: Device, dim: int, element: int) -> None:
@@ -181,6 +183,7 @@ def test_norm_keeps_what_is_not_finite_in_its_row(device: Device, bad: float) ->
 
 
 # ---- value by value ----
+@pytest.mark.small
 @pytest.mark.parametrize("dim", [1, 7, 63, 1408, 5121])
 @pytest.mark.parametrize("element", [F32, BF16_ROWS])
 def test_bias_and_gelu(device: Device, dim: int, element: int) -> None:
@@ -208,6 +211,7 @@ def test_gelu_of_large_and_bad_values(device: Device) -> None:
     assert abs(found[7] - 0.8413447460685429) < 1e-6
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dim", [1, 7, 1024, 1032])
 @pytest.mark.parametrize("from_", [F32, BF16_ROWS])
 @pytest.mark.parametrize("to", [F32, BF16_ROWS])
@@ -230,6 +234,7 @@ def test_copy_rows(device: Device, dim: int, from_: int, to: int) -> None:
 
 
 # ---- embeddings ----
+@pytest.mark.small
 @pytest.mark.parametrize("dim", [5, 64, 1100])
 @pytest.mark.parametrize("element", [F32, BF16_ROWS])
 def test_embedding_from_a_plain_table(device: Device, dim: int, element: int) -> None:
@@ -242,6 +247,7 @@ def test_embedding_from_a_plain_table(device: Device, dim: int, element: int) ->
     np.testing.assert_array_equal(y.read(), from_bf16(table)[tokens, :dim])
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("scales", "group"), [(BF16, 128), (PAIRS, 128), (PAIRS, 64), (PAIRS, 32), (PAIRS, 256)]

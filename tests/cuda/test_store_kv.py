@@ -185,6 +185,7 @@ def random_qkv(n_tokens: int, n_all: int, head_dim: int) -> NDArray[np.float32]:
     return (rng.standard_normal((n_tokens, n_all, head_dim)) * sizes).astype(np.float32)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("kind", [BF16, E4M3, INT8])
 @pytest.mark.parametrize("head_dim", [8, 16, 72, 128, 136, 256])
 def test_every_format_and_width(device: Device, head_dim: int, kind: int) -> None:
@@ -196,6 +197,7 @@ def test_every_format_and_width(device: Device, head_dim: int, kind: int) -> Non
                             scaled=True, padding=3))  # fmt: skip
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("option", ["rotated", "qk_norm", "scaled"])
 def test_every_step_alone(device: Device, option: str) -> None:
     check(device, make_case(device, random_qkv(3, 5, 64), n_heads=1, **{option: True}))

@@ -138,6 +138,7 @@ def test_row_gets_the_same_bits_in_any_company_and_order(device: Device) -> None
             assert one.tobytes() == other.tobytes()
 
 
+@pytest.mark.small
 def test_blocks_of_several_slices(device: Device) -> None:
     device.arrange(seed=2, multiprocessors=1)
     for n_rows in (2, 3):
@@ -146,6 +147,7 @@ def test_blocks_of_several_slices(device: Device) -> None:
 
 
 # ---- what is not finite ----
+@pytest.mark.small
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_first_logit_that_is_not_finite_is_named(device: Device, bad: float) -> None:
     device.arrange(seed=7)
