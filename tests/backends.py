@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,15 @@ def llm_options() -> dict[str, Any]:
 def row_tolerance(kv_cache: str = "bf16", n_layers: int = 4) -> float:
     """Return what a row of logits may be off by, in standard deviations; see BF16_ROW."""
     return BF16_ROW[kv_cache] * math.sqrt(n_layers)
+
+
+def takes(folder: Path) -> bool:
+    """Tell whether the device takes a model's heads: a GPU wants multiples of 8 values."""
+    config = json.loads((folder / "config.json").read_text())
+    sizes = [config.get("text_config", config)["head_dim"]]
+    if vision := config.get("vision_config"):
+        sizes.append(vision["hidden_size"] // vision["num_attention_heads"])
+    return not is_gpu() or all(size % 8 == 0 for size in sizes)
 
 
 def kv_caches() -> list[str]:

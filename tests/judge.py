@@ -87,7 +87,8 @@ class Judge:
     def _answer(
         self, numerics: Numerics, tokens: Sequence[int], features: Mapping[int, Array] | None
     ) -> Array:
-        return forward(self.config, self.weights, tokens, numerics=numerics, features=features)
+        there = {place: of for place, of in (features or {}).items() if place < len(tokens)}
+        return forward(self.config, self.weights, tokens, numerics=numerics, features=there)
 
     def _decide_near_tie(
         self, numerics: Numerics, token: int, off: Callable[[], float], allowed: float

@@ -257,7 +257,8 @@ def test_steps_beyond_the_budget_change_nothing(checkpoint: Checkpoint) -> None:
     draw = random.Random(2)
     pairs: list[tuple[int, int]] = []  # the same sequence in the tight and in the roomy engine
     n_refused = n_run = 0
-    for _ in range(150):
+    n_steps = 40 if is_emulated() else 150
+    for _ in range(n_steps):
         if len(pairs) < 4:
             pairs.append((open_greedy(tight), open_greedy(roomy)))
         chosen = draw.sample(pairs, draw.randint(1, len(pairs)))
@@ -278,8 +279,8 @@ def test_steps_beyond_the_budget_change_nothing(checkpoint: Checkpoint) -> None:
             assert_same_bits(rows, wanted)
         tight.check_invariants()
         assert used(tight) <= tight.memory()["kv_limit_bytes"]
-    assert n_refused > 20
-    assert n_run > 20
+    assert n_refused > n_steps / 8
+    assert n_run > n_steps / 8
 
 
 @pytest.mark.parametrize("kv_cache", kv_caches()[1:])

@@ -26,9 +26,10 @@ from variants import VARIANTS
 
 TOLERANCE = 2e-3  # standard deviations of the logits, as in test_logits.py
 # Of the median row of one layer: 0 but for float32, of which few values fall on the other side of a
-# tie. Left out by the reference is that probabilities are rounded beside the largest of the keys
-# seen so far, or by a warp; which keys those are depends on how chunks cut a prompt.
-ONE_LAYER, CUT_LAYER = 1e-3, 4e-3
+# tie. What may be more: in 8 bits one such value of a key is seen by half of the rows; and
+# the reference does not know that probabilities are rounded beside the largest of the keys seen so
+# far, or by a warp, which depends on how chunks cut a prompt.
+ONE_LAYER, OTHER_LAYER = 1e-3, 4e-3
 
 
 def random_config(seed: int, most_layers: int = 5) -> tuple[dict[str, Any], Quantization | None]:
@@ -108,9 +109,9 @@ def test_one_layer_rounds_where_it_should(
     with emulate(capability=capability), open_llm(tmp_path, kv_cache=kv_cache) as llm:
         got = llm.logits(prompt)
     wanted = Judge(tmp_path, weights, kv=kv_cache).check(got, prompt)
-    is_cut = config["attention_chunk_size"] is not None
+    is_plain = kv_cache == "bf16" and config["attention_chunk_size"] is None
     off = np.median(rows_off(got, wanted, float(wanted.std())))
-    assert off < (CUT_LAYER if is_cut else ONE_LAYER)
+    assert off < (ONE_LAYER if is_plain else OTHER_LAYER)
 
 
 class AllButOne(Bf16):
