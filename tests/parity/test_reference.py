@@ -81,7 +81,9 @@ def random_config(seed: int, most_layers: int = 5) -> tuple[dict[str, Any], Quan
     return config, quantization if draw.random() < 0.4 else None
 
 
-@pytest.mark.parametrize("seed", quick(range(24), range(4)))
+# Of those for an emulated GPU, 2 has an odd number of channels in INT4, 17 three experts a token
+# between quantised attention: products that share counters with a barrier.
+@pytest.mark.parametrize("seed", quick(range(24), [0, 1, 2, 3, 17]))
 def test_logits_equal_the_reference_on_a_random_config(seed: int, tmp_path: Path) -> None:
     config, quantization = random_config(seed)
     weights = write_checkpoint(
@@ -96,7 +98,9 @@ def test_logits_equal_the_reference_on_a_random_config(seed: int, tmp_path: Path
 @pytest.mark.gpu_only("on a CPU nothing is rounded")
 @pytest.mark.parametrize("kv_cache", kv_caches())
 @pytest.mark.parametrize("capability", capabilities())
-@pytest.mark.parametrize("seed", quick(range(100, 124) if is_gpu() else [100], range(100, 104)))
+@pytest.mark.parametrize(
+    "seed", quick(range(100, 124) if is_gpu() else [100], [100, 101, 102, 103, 122])
+)
 def test_one_layer_rounds_where_it_should(
     seed: int, capability: int, kv_cache: str, tmp_path: Path
 ) -> None:
