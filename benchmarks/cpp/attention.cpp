@@ -54,6 +54,7 @@ class Cache {
     pages.base = memory_.data.get();
     table_.resize(static_cast<std::size_t>(n_pages));
     std::iota(table_.begin(), table_.end(), 0);
+    plan_.global.n_heads = kHeads;
     plan_.global.spans = {{0, n_rows, n_tokens - n_rows, table_.data()}};
   }
   const StepPlan& plan() const { return plan_; }
@@ -74,7 +75,6 @@ void attend(benchmark::State& state, const CacheType& type, std::string_view isa
   std::vector<float> y(static_cast<std::size_t>(n_rows * kHeads * kHeadDim));
   fill_values(qkv.data(), qkv.size());
   AttentionLayer layer;
-  layer.n_heads = kHeads;
   backend->begin(cache.plan());
   for (auto _ : state) {
     backend->attend({y.data(), n_rows, kHeads * kHeadDim, kHeads * kHeadDim},

@@ -59,7 +59,7 @@ def make_plan(checkpoint: Checkpoint, options: LoadOptions, *, on_gpu: bool = Fa
     kv_cache = options.kv_cache
     if kv_cache == "auto":
         kv_cache = "bf16" if compute == "fast" else "f32"
-    return LoadPlan(options.weights, compute, head, kv_cache)
+    return LoadPlan(options.weights, compute, head, kv_cache, STEP_TOKENS)
 
 
 def _plan_for_gpu(report: Report, options: LoadOptions) -> LoadPlan:

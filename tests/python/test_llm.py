@@ -131,7 +131,7 @@ def test_how_a_prompt_is_cut_changes_nothing(
     prompt = [BOS, *("many words " * 9).encode()]
     wanted = llm.generate([prompt, prompt[:20]], seeded(3, logprobs=2))
     wanted_logits = llm.logits(prompt)
-    monkeypatch.setattr("camelid.llm._MAX_STEP_TOKENS", step_tokens)
+    monkeypatch.setattr("camelid.plan.STEP_TOKENS", step_tokens)
     with LLM(folder, device="cpu", threads=1) as other:
         assert other.generate([prompt, prompt[:20]], seeded(3, logprobs=2)) == wanted
         got = other.logits(prompt)
@@ -335,7 +335,7 @@ def test_a_small_memory_is_planned_for(folder: Path) -> None:
 def test_weights_beyond_the_machine_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, memory: str | None
 ) -> None:
-    monkeypatch.setattr("camelid._core.available_memory", lambda: 520_000)
+    monkeypatch.setattr("camelid._core.Engine.available_bytes", lambda _: 520_000)
     with pytest.raises(CapacityError, match=r'still take.*weights="int8" takes .* would fit'):
         LLM(folder, device="cpu", memory=memory)
 
