@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstring>
 
 #include "device/memory.h"
 
@@ -46,6 +47,16 @@ class Uploader {
     turn_ ^= 1u;
     copy_to_device(to, buffer.memory.get(), bytes, stream_);
     buffer.sent.record(stream_);
+  }
+
+  // Copies to the device from any memory of the host, piece by piece; it has been read on return.
+  void copy(std::byte* to, const void* from, std::size_t bytes) {
+    const auto* source = static_cast<const std::byte*>(from);
+    for (std::size_t at = 0; at < bytes; at += piece_bytes_) {
+      const std::size_t n = bytes - at < piece_bytes_ ? bytes - at : piece_bytes_;
+      std::memcpy(next(), source + at, n);
+      send_to(to + at, n);
+    }
   }
 
   // Sends the first bytes of next(). Launches on stream() find them where this says, until the next

@@ -123,13 +123,7 @@ std::unique_ptr<Matrix> CudaBackend::pack(std::span<const LinearSource> stack,
 
 Buffer CudaBackend::upload(std::span<const float> values) {
   Buffer buffer = allocate(values.size_bytes());
-  auto* to = static_cast<std::byte*>(buffer.data.get());
-  const auto* from = reinterpret_cast<const std::byte*>(values.data());
-  for (std::size_t at = 0; at < values.size_bytes(); at += uploader_.piece_bytes()) {
-    const std::size_t n = std::min(uploader_.piece_bytes(), values.size_bytes() - at);
-    std::memcpy(uploader_.next(), from + at, n);
-    uploader_.send_to(to + at, n);
-  }
+  uploader_.copy(static_cast<std::byte*>(buffer.data.get()), values.data(), values.size_bytes());
   return buffer;
 }
 
@@ -158,7 +152,6 @@ bool CudaBackend::begin(const StepPlan& plan) {
   step_kind_ = &recorded_[{step_.n_tokens(), step_.n_rows(), local.pool.base, global.pool.base}];
   if (step_kind_->n_allocations != n_allocations) {
     step_kind_->graph = {};
-    step_kind_->n_allocations = n_allocations;
     return true;
   }
   if (step_kind_->graph.is_there()) return false;
@@ -271,12 +264,7 @@ void CudaBackend::upload_rows(Tensor y, const float* rows) {
   const auto row_bytes = static_cast<std::size_t>(y.dim) * sizeof(float);
   const std::size_t bytes = static_cast<std::size_t>(y.n_rows) * row_bytes;
   std::byte* to = staged_rows_.at_least(bytes);
-  const auto* from = reinterpret_cast<const std::byte*>(rows);
-  for (std::size_t at = 0; at < bytes; at += uploader_.piece_bytes()) {
-    const std::size_t n = std::min(uploader_.piece_bytes(), bytes - at);
-    std::memcpy(uploader_.next(), from + at, n);
-    uploader_.send_to(to + at, n);
-  }
+  uploader_.copy(to, rows, bytes);
   const Tensor staged{to, y.n_rows, y.dim, y.dim, Role::kSum};
   copy_rows(rows_of(y), rows_of(staged), nullptr, gpu_.stream);
 }

@@ -2,7 +2,6 @@
 #include "host/feed_forward.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "base/error.h"
@@ -63,8 +62,7 @@ DeviceMemory upload_table(const std::vector<const Mlp*>& groups, Uploader& uploa
   for (const Mlp* mlp : groups) table.push_back(get(*mlp));
   const std::size_t bytes = table.size() * sizeof(T);
   DeviceMemory memory = allocate_device(bytes);
-  std::memcpy(uploader.next(), table.data(), bytes);
-  uploader.send_to(memory.get(), bytes);
+  uploader.copy(memory.get(), table.data(), bytes);
   return memory;
 }
 
@@ -178,89 +176,86 @@ FeedForward::Visits FeedForward::route(const Tensor& x, const Experts& w,
   return visits;
 }
 
-void FeedForward::run_tiled(const Tensor& y, const Tensor& x, const Prepared& p,
-                            const Visits& visits) {
+// `up` and `down` say which matrices; the rest is the same whatever those are.
+template <class Product, class Run>
+void FeedForward::run_visits(const Tensor& y, const Tensor& x, const Prepared& p,
+                             const Visits& visits, Product up, Product down, const Run& run) {
+  using Stride = decltype(up.x_stride);
   const Routes& routes = visits.routes;
   const std::int64_t n_visits = visits.shape.n_visits();
   const Tensor act = activations(n_visits, p.ffn_dim);
-  GroupedProduct up;
-  up.shape = p.gate_up_like.tiled.shape;
-  up.groups = reinterpret_cast<const TilePointers*>(p.gate_up.get());
   up.x = static_cast<const std::uint16_t*>(x.data);
-  up.x_stride = x.row_stride;
+  up.x_stride = static_cast<Stride>(x.row_stride);
   up.x_rows = routes.token;
   up.y = act.data;
-  up.y_stride = act.row_stride;
+  up.y_stride = static_cast<Stride>(act.row_stride);
   up.factors = routes.factor;
   up.output = Output::kSwiGlu;
   up.tiles = routes.tiles;
   up.first_tile = routes.tile_ends;
   up.last_tile = routes.tile_ends + 2;
-  up.n_visits = static_cast<std::int32_t>(n_visits);
-  grouped_many(gpu_, up);
+  run(up);
 
-  GroupedProduct down = up;
-  down.shape = p.down_like.tiled.shape;
-  down.groups = reinterpret_cast<const TilePointers*>(p.down.get());
   down.x = static_cast<const std::uint16_t*>(act.data);
-  down.x_stride = act.row_stride;
-  down.x_rows = nullptr;
-  down.factors = nullptr;
-  if (p.top_k == 1) {  // a token's row has one visit of the shared expert, and one of another
-    down.y = y.data;
-    down.y_stride = y.row_stride;
-    down.y_rows = routes.token;
-    down.output = Output::kAdd;
-    down.last_tile = routes.tile_ends + 1;
-    if (p.has_shared) grouped_many(gpu_, down);
-    down.first_tile = routes.tile_ends + 1;
-    down.last_tile = routes.tile_ends + 2;
-    grouped_many(gpu_, down);
+  down.x_stride = static_cast<Stride>(act.row_stride);
+  down.y_stride = static_cast<Stride>(y.row_stride);
+  down.tiles = routes.tiles;
+  down.first_tile = routes.tile_ends;
+  down.last_tile = routes.tile_ends + 2;
+  if (p.top_k > 1) {
+    down.y = rows_.at_least(static_cast<std::size_t>(n_visits * y.row_stride) * sizeof(float));
+    down.output = Output::kStore;
+    run(down);
+    combine(y, visits);
     return;
   }
-  down.y = rows_.at_least(static_cast<std::size_t>(n_visits * y.row_stride) * sizeof(float));
-  down.y_stride = y.row_stride;
-  down.output = Output::kStore;
-  grouped_many(gpu_, down);
+  // A token's row has one visit of the shared expert, and one of another.
+  down.y = y.data;
+  down.y_rows = routes.token;
+  down.output = Output::kAdd;
+  down.last_tile = routes.tile_ends + 1;
+  if (p.has_shared) run(down);
+  down.first_tile = routes.tile_ends + 1;
+  down.last_tile = routes.tile_ends + 2;
+  run(down);
+}
+
+void FeedForward::run_tiled(const Tensor& y, const Tensor& x, const Prepared& p,
+                            const Visits& visits) {
+  const auto product = [&](const Segment& like, const DeviceMemory& groups) {
+    GroupedProduct of;
+    of.shape = like.tiled.shape;
+    of.groups = reinterpret_cast<const TilePointers*>(groups.get());
+    of.n_visits = static_cast<std::int32_t>(visits.shape.n_visits());
+    return of;
+  };
+  run_visits(y, x, p, visits, product(p.gate_up_like, p.gate_up), product(p.down_like, p.down),
+             [&](const GroupedProduct& of) { grouped_many(gpu_, of); });
 }
 
 void FeedForward::run_plain(const Tensor& y, const Tensor& x, const Prepared& p,
                             const Visits& visits) {
-  const Routes& routes = visits.routes;
-  const std::int64_t n_visits = visits.shape.n_visits();
-  const Tensor act = activations(n_visits, p.ffn_dim);
-  const PlainMatrix &gate_up = p.gate_up_like.plain, &of_down = p.down_like.plain;
-  MatmulPlain up;
-  up.groups = reinterpret_cast<const std::uint16_t* const*>(p.gate_up.get());
-  up.rows = gate_up.rows;
-  up.inputs = gate_up.inputs;
-  up.w_stride = gate_up.stride;
-  up.x = static_cast<const std::uint16_t*>(x.data);
-  up.x_stride = static_cast<std::int32_t>(x.row_stride);
-  up.x_rows = routes.token;
-  up.y = act.data;
-  up.y_stride = static_cast<std::int32_t>(act.row_stride);
-  up.factors = routes.factor;
-  up.output = Output::kSwiGlu;
-  up.tiles = routes.tiles;
-  up.first_tile = routes.tile_ends;
-  up.last_tile = routes.tile_ends + 2;
-  up.n_tokens = static_cast<std::int32_t>(n_visits);
-  matmul_plain(up, gpu_.stream);
+  const auto product = [&](const Segment& like, const DeviceMemory& groups) {
+    MatmulPlain of;
+    of.rows = like.plain.rows;
+    of.inputs = like.plain.inputs;
+    of.w_stride = like.plain.stride;
+    of.groups = reinterpret_cast<const std::uint16_t* const*>(groups.get());
+    of.n_tokens = static_cast<std::int32_t>(visits.shape.n_visits());
+    return of;
+  };
+  run_visits(y, x, p, visits, product(p.gate_up_like, p.gate_up), product(p.down_like, p.down),
+             [&](const MatmulPlain& of) { matmul_plain(of, gpu_.stream); });
+}
 
-  MatmulPlain down = up;
-  down.groups = reinterpret_cast<const std::uint16_t* const*>(p.down.get());
-  down.rows = of_down.rows;
-  down.inputs = of_down.inputs;
-  down.w_stride = of_down.stride;
-  down.x = static_cast<const std::uint16_t*>(act.data);
-  down.x_stride = static_cast<std::int32_t>(act.row_stride);
-  down.x_rows = nullptr;
-  down.factors = nullptr;
-  down.y = rows_.at_least(static_cast<std::size_t>(n_visits * y.row_stride) * sizeof(float));
-  down.y_stride = static_cast<std::int32_t>(y.row_stride);
-  down.output = Output::kStore;
-  matmul_plain(down, gpu_.stream);
+void FeedForward::combine(const Tensor& y, const Visits& visits) {
+  CombineRows call;
+  call.rows = reinterpret_cast<const float*>(rows_.get());
+  call.rows_stride = y.row_stride;
+  call.y = static_cast<float*>(y.data);
+  call.y_stride = y.row_stride;
+  call.dim = static_cast<std::int32_t>(round_up(y.dim, 4));  // the rest is padding of both
+  combine_rows(visits.shape, visits.routes, call, gpu_.stream);
 }
 
 void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w) {
@@ -273,14 +268,6 @@ void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w) {
   }
   const Visits visits = route(x, w, prepared);
   prepared.is_tiled ? run_tiled(y, x, prepared, visits) : run_plain(y, x, prepared, visits);
-  if (prepared.is_tiled && prepared.top_k == 1) return;  // added already
-  CombineRows combine;
-  combine.rows = reinterpret_cast<const float*>(rows_.get());
-  combine.rows_stride = y.row_stride;
-  combine.y = static_cast<float*>(y.data);
-  combine.y_stride = y.row_stride;
-  combine.dim = static_cast<std::int32_t>(round_up(y.dim, 4));  // the rest is padding of both
-  combine_rows(visits.shape, visits.routes, combine, gpu_.stream);
 }
 
 }  // namespace camelid::cuda

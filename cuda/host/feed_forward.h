@@ -29,6 +29,10 @@ class FeedForward {
   Visits route(const Tensor& x, const Experts& w, const Prepared& prepared);
   Tensor activations(std::int64_t n_rows, std::int64_t dim);
   void run_few(const Tensor& y, const Tensor& x, const Prepared& prepared);
+  template <class Product, class Run>
+  void run_visits(const Tensor& y, const Tensor& x, const Prepared& p, const Visits& visits,
+                  Product up, Product down, const Run& run);
+  void combine(const Tensor& y, const Visits& visits);
   void run_tiled(const Tensor& y, const Tensor& x, const Prepared& prepared, const Visits& visits);
   void run_plain(const Tensor& y, const Tensor& x, const Prepared& prepared, const Visits& visits);
 

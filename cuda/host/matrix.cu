@@ -2,7 +2,6 @@
 #include "host/matrix.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "base/dtype.h"
@@ -76,8 +75,7 @@ void add_tiled(DeviceMatrix& matrix, std::span<const LinearSource> stack, RowOrd
   pack(stack, shape, tiles.get(), scales.get(), uploader);
   segment.tiled.at = {tiles.get(), scales.get()};
   DeviceMemory table = allocate_device(sizeof(TilePointers));
-  std::memcpy(uploader.next(), &segment.tiled.at, sizeof(TilePointers));
-  uploader.send_to(table.get(), sizeof(TilePointers));
+  uploader.copy(table.get(), &segment.tiled.at, sizeof(TilePointers));
   segment.table = reinterpret_cast<const TilePointers*>(table.get());
   matrix.memory.push_back(std::move(table));
   matrix.memory.push_back(std::move(tiles));

@@ -34,21 +34,21 @@ void Products::prepare(const DeviceMatrix& matrix) {
 
 void Products::multiply_plain(void* y, const Tensor& rows_of_y, const Tensor& x,
                               const PlainMatrix& w, Output output) {
-  const auto n_tokens = static_cast<std::int32_t>(x.n_rows);
-  const auto x_stride = static_cast<std::int32_t>(x.row_stride);
-  const auto y_stride = static_cast<std::int32_t>(rows_of_y.row_stride);
-  if (gpu_.is_hopper() && n_tokens > kMostFewTokens && output != Output::kSwiGlu) {
-    MatmulDense call;
-    call.x = x.data;
+  const auto describe = [&](auto& call) {  // MatmulDense and MatmulPlain have the same names
+    call.x = static_cast<const std::uint16_t*>(x.data);
     call.w = w.at;
     call.y = y;
-    call.n_tokens = n_tokens;
+    call.n_tokens = static_cast<std::int32_t>(x.n_rows);
     call.rows = w.rows;
     call.inputs = w.inputs;
-    call.x_stride = x_stride;
+    call.x_stride = static_cast<std::int32_t>(x.row_stride);
     call.w_stride = w.stride;
-    call.y_stride = y_stride;
+    call.y_stride = static_cast<std::int32_t>(rows_of_y.row_stride);
     call.output = output;
+  };
+  if (gpu_.is_hopper() && x.n_rows > kMostFewTokens && output != Output::kSwiGlu) {
+    MatmulDense call;
+    describe(call);
     if (matmul_dense_fits(call)) {
       matmul_dense(call, dense_workspace_.at_least(matmul_dense_workspace_bytes(call)),
                    gpu_.stream);
@@ -56,16 +56,7 @@ void Products::multiply_plain(void* y, const Tensor& rows_of_y, const Tensor& x,
     }
   }
   MatmulPlain call;
-  call.x = static_cast<const std::uint16_t*>(x.data);
-  call.w = w.at;
-  call.y = y;
-  call.n_tokens = n_tokens;
-  call.rows = w.rows;
-  call.inputs = w.inputs;
-  call.x_stride = x_stride;
-  call.w_stride = w.stride;
-  call.y_stride = y_stride;
-  call.output = output;
+  describe(call);
   matmul_plain(call, gpu_.stream);
 }
 

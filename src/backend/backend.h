@@ -1,5 +1,6 @@
 // Everything the model may ask of a machine, at the grain the model speaks. Calls run in order;
-// only download() waits. Callers (model/, step/) pass checked shapes, so a backend may trust them.
+// only download() and top() wait. Callers (model/, step/) pass checked shapes, so a backend may
+// trust them.
 #pragma once
 
 #include <cstddef>
