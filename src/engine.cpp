@@ -70,13 +70,15 @@ std::size_t Engine::weight_bytes() const {
 }
 
 std::size_t Engine::workspace_bytes() const {
-  return model_.workspace_bytes(options_.max_step_tokens) +
+  return model_.workspace_bytes(options_.max_step_tokens) + prepared_bytes_ +
          (vision_ ? vision_->workspace_bytes() : 0);
 }
 
 void Engine::finish_loading(std::size_t reserved_bytes) {
   weights_.check_complete();
   if (vision_) vision_->check_complete();
+  prepared_bytes_ =
+      backend_->prepare_steps(options_.max_step_tokens, config_.n_heads * config_.head_dim);
   const std::size_t workspace = workspace_bytes();
   // Without a limit the cache may take what is free now, less a tenth for everyone else.
   std::size_t left = backend_->available_bytes() / 10 * 9;

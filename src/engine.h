@@ -93,6 +93,7 @@ class Engine {
   std::unique_ptr<VisionTower> vision_;
   Llama4 model_;
   StepRunner runner_;
+  std::size_t prepared_bytes_ = 0;  // by the backend, for steps
   std::unique_ptr<KvCache> cache_;
   std::map<std::int64_t, Sampler> samplers_;
   mutable FairMutex mutex_;

@@ -77,11 +77,8 @@ def device() -> str:
 
 def engine_options() -> dict[str, Any]:
     """Return the options of `_core.Engine` on this device where a test asks for none."""
-    if not is_gpu():
-        return {"device": device(), "kv_cache": "f32", "memory_bytes": 1 << 28}
-    # All of an emulated GPU's memory is filled when it is reserved.
-    memory = 1 << 24 if is_emulated() else 1 << 28
-    return {"device": device(), "kv_cache": "bf16", "memory_bytes": memory}
+    kv_cache = "bf16" if is_gpu() else "f32"
+    return {"device": device(), "kv_cache": kv_cache, "memory_bytes": 1 << 28}
 
 
 def llm_options() -> dict[str, Any]:
@@ -89,7 +86,7 @@ def llm_options() -> dict[str, Any]:
     options: dict[str, Any] = {"device": device(), "threads": 1}
     if is_gpu():
         options["head"] = "stored"  # "auto" would be int8 beside INT4
-    return options | ({"memory": "24MiB"} if is_emulated() else {})
+    return options
 
 
 def row_tolerance(kv_cache: str = "bf16", n_layers: int = 4) -> float:
@@ -150,9 +147,34 @@ def emulate(*, capability: int) -> Iterator[None]:
     if not is_emulated():
         yield
         return
-    library = ctypes.CDLL(str(_core))
+    library = _emulator()
     library.emulated_compute_capability(capability)
     try:
         yield
     finally:
         library.emulated_compute_capability(90)
+
+
+@contextlib.contextmanager
+def gpu_memory(n_bytes: int) -> Iterator[None]:
+    """Let the emulated GPU have so much memory, what is taken already included."""
+    library = _emulator()
+    before = library.emulated_memory_bytes()
+    library.emulated_memory(n_bytes)
+    try:
+        yield
+    finally:
+        library.emulated_memory(before)
+
+
+def taken_bytes() -> int:
+    """Return how much of the emulated GPU's memory is taken."""
+    return _emulator().emulated_taken_bytes()
+
+
+def _emulator() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_core))
+    library.emulated_memory.argtypes = [ctypes.c_size_t]
+    library.emulated_memory_bytes.restype = ctypes.c_size_t
+    library.emulated_taken_bytes.restype = ctypes.c_size_t
+    return library

@@ -18,7 +18,7 @@ class Uploader {
   static constexpr std::size_t kPieceBytes = std::size_t{4} << 20;
 
   explicit Uploader(cudaStream_t stream, std::size_t piece_bytes = kPieceBytes)
-      : stream_(stream), piece_bytes_(piece_bytes), staged_(allocate_device(piece_bytes)) {
+      : stream_(stream), piece_bytes_(piece_bytes) {
     for (Buffer& buffer : buffers_) buffer.memory = allocate_pinned(piece_bytes);
   }
   Uploader(const Uploader&) = delete;
@@ -62,12 +62,16 @@ class Uploader {
   // Sends the first bytes of next(). Launches on stream() find them where this says, until the next
   // send().
   const std::byte* send(std::size_t bytes) {
+    if (!staged_) staged_ = allocate_device(piece_bytes_);
     Buffer& buffer = buffers_[turn_];
     turn_ ^= 1u;
     copy_to_device(staged_.get(), buffer.memory.get(), bytes, stream_);
     buffer.sent.record(stream_);
     return staged_.get();
   }
+
+  // Gives back what send() took of the device's memory, until the next one.
+  void release() { staged_.reset(); }
 
  private:
   struct Buffer {

@@ -118,6 +118,7 @@ std::unique_ptr<Matrix> CudaBackend::pack(std::span<const LinearSource> stack,
   use();
   auto matrix = pack_matrix(stack, options, kind, uploader_, pool_);
   products_.prepare(*matrix);
+  if (kind == Stack::kGateUp) feed_forward_.expect(*matrix);
   return matrix;
 }
 
@@ -130,6 +131,14 @@ Buffer CudaBackend::upload(std::span<const float> values) {
 void CudaBackend::prepare(Experts& experts) {
   use();
   feed_forward_.prepare(experts, uploader_);
+}
+
+std::size_t CudaBackend::prepare_steps(std::int64_t n_tokens, std::int64_t query_dim) {
+  use();
+  uploader_.release();  // nothing is packed any more
+  feed_forward_.prepare_steps(n_tokens);
+  q_.at_least(static_cast<std::size_t>(n_tokens * query_dim) * sizeof(std::uint16_t));
+  return products_.bytes() + feed_forward_.bytes() + q_.bytes();
 }
 
 std::unique_ptr<Clock> CudaBackend::make_clock() {

@@ -42,6 +42,7 @@ class CudaBackend final : public Backend {
                                std::span<const PackOptions> options, Stack kind) override;
   Buffer upload(std::span<const float> values) override;
   void prepare(Experts& experts) override;
+  std::size_t prepare_steps(std::int64_t n_tokens, std::int64_t query_dim) override;
   std::unique_ptr<Clock> make_clock() override;
 
   bool begin(const StepPlan& plan) override;

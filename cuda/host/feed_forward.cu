@@ -47,6 +47,9 @@ struct FeedForward::Prepared {
   Segment gate_up_like, down_like;
   ExpertWeights few;
 
+  std::int64_t down_rows() const {
+    return is_tiled ? down_like.tiled.shape.rows : down_like.plain.rows;
+  }
   RouteShape route_shape(std::int64_t n_tokens) const {
     return {static_cast<std::int32_t>(n_tokens), n_experts, top_k, has_shared};
   }
@@ -137,6 +140,28 @@ void FeedForward::prepare(Experts& w, Uploader& uploader) {
     scratch_.at_least(experts_few_scratch_bytes(few, most));
   }
   w.prepared = prepared;
+  layers_.push_back(prepared);
+}
+
+void FeedForward::expect(const DeviceMatrix& gate_up) {
+  widest_mlp_ = std::max(widest_mlp_, gate_up.out_dim / 2);
+}
+
+void FeedForward::prepare_steps(std::int64_t n_tokens) {
+  if (widest_mlp_ > 0) activations(n_tokens, widest_mlp_);
+  for (const auto& layer : layers_) {
+    const Visits visits = place_visits(n_tokens, *layer);
+    activations(visits.shape.n_visits(), layer->ffn_dim);
+    if (layer->top_k > 1) visit_rows(visits, round_up(layer->down_rows(), 8));
+  }
+}
+
+std::size_t FeedForward::bytes() const {
+  std::size_t bytes = 0;
+  for (const GrowingMemory* each : {&act_, &logits_, &routes_, &rows_, &scratch_}) {
+    bytes += each->bytes();
+  }
+  return bytes;
 }
 
 Tensor FeedForward::activations(std::int64_t n_rows, std::int64_t dim) {
@@ -163,16 +188,28 @@ void FeedForward::run_few(const Tensor& y, const Tensor& x, const Prepared& prep
   experts_few(call, products_.workspace(experts_few_needs(call.w, call.n_tokens)), gpu_.stream);
 }
 
+FeedForward::Visits FeedForward::place_visits(std::int64_t n_tokens, const Prepared& prepared) {
+  Visits visits;
+  visits.shape = prepared.route_shape(n_tokens);
+  visits.routes = routes_in(visits.shape, routes_.at_least(routes_bytes(visits.shape)));
+  const std::int64_t n_experts = prepared.n_experts;
+  const auto n_logits = static_cast<std::size_t>(n_tokens * n_experts);
+  std::byte* at = logits_.at_least(n_logits * sizeof(float));
+  visits.logits = {at, n_tokens, n_experts, n_experts, Role::kSum};
+  return visits;
+}
+
+float* FeedForward::visit_rows(const Visits& visits, std::int64_t stride) {
+  const auto n_values = static_cast<std::size_t>(visits.shape.n_visits() * stride);
+  return reinterpret_cast<float*>(rows_.at_least(n_values * sizeof(float)));
+}
+
 FeedForward::Visits FeedForward::route(const Tensor& x, const Experts& w,
                                        const Prepared& prepared) {
-  Visits visits;
-  visits.shape = prepared.route_shape(x.n_rows);
-  const auto n_logits = static_cast<std::size_t>(x.n_rows * prepared.n_experts);
-  std::byte* at = logits_.at_least(n_logits * sizeof(float));
-  const Tensor logits{at, x.n_rows, prepared.n_experts, prepared.n_experts, Role::kSum};
-  products_.multiply(logits, x, static_cast<const DeviceMatrix&>(*w.router), false);
-  visits.routes = routes_in(visits.shape, routes_.at_least(routes_bytes(visits.shape)));
-  route_many(visits.shape, static_cast<const float*>(logits.data), visits.routes, gpu_.stream);
+  const Visits visits = place_visits(x.n_rows, prepared);
+  products_.multiply(visits.logits, x, static_cast<const DeviceMatrix&>(*w.router), false);
+  route_many(visits.shape, static_cast<const float*>(visits.logits.data), visits.routes,
+             gpu_.stream);
   return visits;
 }
 
@@ -203,7 +240,7 @@ void FeedForward::run_visits(const Tensor& y, const Tensor& x, const Prepared& p
   down.first_tile = routes.tile_ends;
   down.last_tile = routes.tile_ends + 2;
   if (p.top_k > 1) {
-    down.y = rows_.at_least(static_cast<std::size_t>(n_visits * y.row_stride) * sizeof(float));
+    down.y = visit_rows(visits, y.row_stride);
     down.output = Output::kStore;
     run(down);
     combine(y, visits);

@@ -2,7 +2,10 @@
 // one launch and for many as grouped products.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "backend/backend.h"
 #include "host/products.h"
@@ -16,6 +19,9 @@ class FeedForward {
   FeedForward(const Gpu& gpu, Products& products) : gpu_(gpu), products_(products) {}
 
   void prepare(Experts& experts, Uploader& uploader);  // see Backend::prepare
+  void expect(const DeviceMatrix& gate_up);            // in an mlp()
+  void prepare_steps(std::int64_t n_tokens);           // of what was prepared and is expected
+  std::size_t bytes() const;                           // of all that it took
   void mlp(const Tensor& y, const Tensor& x, const Mlp& w);
   void experts(const Tensor& y, const Tensor& x, const Experts& w);
 
@@ -25,7 +31,10 @@ class FeedForward {
   struct Visits {
     RouteShape shape;
     Routes routes;
+    Tensor logits;  // of the router
   };
+  Visits place_visits(std::int64_t n_tokens, const Prepared& prepared);
+  float* visit_rows(const Visits& visits, std::int64_t stride);  // of as many as the visits
   Visits route(const Tensor& x, const Experts& w, const Prepared& prepared);
   Tensor activations(std::int64_t n_rows, std::int64_t dim);
   void run_few(const Tensor& y, const Tensor& x, const Prepared& prepared);
@@ -38,6 +47,8 @@ class FeedForward {
 
   Gpu gpu_;
   Products& products_;
+  std::int64_t widest_mlp_ = 0;  // activations of a token
+  std::vector<std::shared_ptr<const Prepared>> layers_;
   GrowingMemory act_, logits_, routes_, rows_, scratch_;
 };
 

@@ -21,6 +21,9 @@ struct Quantised {
 
 constexpr std::int64_t kRowsAtOnce = 64;  // of a thread's task
 
+// As allocate_device() aligns.
+std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 std::int64_t divide_up64(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 bool is_quantised_as(const LinearSource& source, WeightFormat format) {
@@ -58,9 +61,11 @@ Quantised quantise(const LinearSource& source, const PackOptions& options, Threa
   return result;
 }
 
-DeviceMemory allocate_weights(std::size_t bytes, DeviceMatrix& matrix) {
+// The matrix's own from now on.
+std::byte* allocate_weights(std::size_t bytes, DeviceMatrix& matrix) {
   matrix.bytes += bytes;
-  return allocate_device(std::max<std::size_t>(bytes, 1));
+  matrix.memory.push_back(allocate_device(std::max<std::size_t>(bytes, 1)));
+  return matrix.memory.back().get();
 }
 
 void add_tiled(DeviceMatrix& matrix, std::span<const LinearSource> stack, RowOrder order,
@@ -70,16 +75,16 @@ void add_tiled(DeviceMatrix& matrix, std::span<const LinearSource> stack, RowOrd
   segment.is_tiled = true;
   segment.tiled.shape = packed_shape(stack, order);
   const TileShape& shape = segment.tiled.shape;
-  DeviceMemory tiles = allocate_weights(static_cast<std::size_t>(shape.bytes()), matrix);
-  DeviceMemory scales = allocate_weights(static_cast<std::size_t>(shape.all_scale_bytes()), matrix);
-  pack(stack, shape, tiles.get(), scales.get(), uploader);
-  segment.tiled.at = {tiles.get(), scales.get()};
-  DeviceMemory table = allocate_device(sizeof(TilePointers));
-  uploader.copy(table.get(), &segment.tiled.at, sizeof(TilePointers));
-  segment.table = reinterpret_cast<const TilePointers*>(table.get());
-  matrix.memory.push_back(std::move(table));
-  matrix.memory.push_back(std::move(tiles));
-  matrix.memory.push_back(std::move(scales));
+  // One piece for all three: models have thousands of experts, and taking memory is slow.
+  const auto tile_bytes = static_cast<std::size_t>(shape.bytes());
+  const auto scale_bytes = static_cast<std::size_t>(shape.all_scale_bytes());
+  const std::size_t scales_at = aligned(tile_bytes);
+  const std::size_t table_at = scales_at + aligned(scale_bytes);
+  std::byte* tiles = allocate_weights(table_at + sizeof(TilePointers), matrix);
+  segment.tiled.at = {tiles, tiles + scales_at};
+  pack(stack, shape, tiles, tiles + scales_at, uploader);
+  uploader.copy(tiles + table_at, &segment.tiled.at, sizeof(TilePointers));
+  segment.table = reinterpret_cast<const TilePointers*>(tiles + table_at);
   matrix.segments.push_back(segment);
 }
 
@@ -110,7 +115,7 @@ void add_plain(DeviceMatrix& matrix, std::span<const LinearSource> stack, RowOrd
   const std::int64_t n_rows =
       order == RowOrder::kPlain ? plain.rows : std::int64_t{shape.n_row_tiles()} * kTileRows;
   const std::size_t row_bytes = static_cast<std::size_t>(plain.stride) * sizeof(std::uint16_t);
-  DeviceMemory memory = allocate_weights(static_cast<std::size_t>(n_rows) * row_bytes, matrix);
+  std::byte* memory = allocate_weights(static_cast<std::size_t>(n_rows) * row_bytes, matrix);
   const auto at_once = static_cast<std::int64_t>(uploader.piece_bytes() / row_bytes);
   if (at_once == 0) {
     fail(ErrorCode::kUnsupported, "[cuda] ", stack[0].name, ": a row of ", plain.inputs,
@@ -133,11 +138,10 @@ void add_plain(DeviceMatrix& matrix, std::span<const LinearSource> stack, RowOrd
         }
       }
     });
-    uploader.send_to(memory.get() + static_cast<std::size_t>(first) * row_bytes,
+    uploader.send_to(memory + static_cast<std::size_t>(first) * row_bytes,
                      static_cast<std::size_t>(n) * row_bytes);
   }
-  plain.at = reinterpret_cast<const std::uint16_t*>(memory.get());
-  matrix.memory.push_back(std::move(memory));
+  plain.at = reinterpret_cast<const std::uint16_t*>(memory);
   matrix.segments.push_back(segment);
 }
 

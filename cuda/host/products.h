@@ -27,6 +27,9 @@ class Products {
   // for it.
   void prepare(const DeviceMatrix& matrix);
   Workspace workspace(const WorkspaceNeed& need);  // at least so large
+  std::size_t bytes() const {                      // of all that it took
+    return sums_.bytes() + counters_.bytes() + dense_workspace_.bytes();
+  }
 
   // y = x w^T, or y += x w^T; y of operands is rounded.
   void multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w, bool add);

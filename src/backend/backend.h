@@ -75,6 +75,9 @@ class Backend {
   virtual Buffer upload(std::span<const float> values) = 0;
   // Once, when all weights of a layer's experts are packed. Throws kUnsupported.
   virtual void prepare(Experts& experts) = 0;
+  // Takes what steps of up to so many tokens need beyond their tensors, once all weights are there,
+  // so that none has to wait for it. Returns its bytes; throws kCapacity.
+  virtual std::size_t prepare_steps(std::int64_t n_tokens, std::int64_t query_dim) = 0;
   virtual std::unique_ptr<Clock> make_clock() = 0;  // of the calls from here on
 
   // Starts a step; `plan` outlives it. False where the calls up to end() need not be made: they

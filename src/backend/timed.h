@@ -51,6 +51,9 @@ class TimedBackend final : public Backend {
   }
   Buffer upload(std::span<const float> values) override { return backend_->upload(values); }
   void prepare(Experts& experts) override { backend_->prepare(experts); }
+  std::size_t prepare_steps(std::int64_t n_tokens, std::int64_t query_dim) override {
+    return backend_->prepare_steps(n_tokens, query_dim);
+  }
   std::unique_ptr<Clock> make_clock() override { return backend_->make_clock(); }
   void download(float* out, Tensor x) override { backend_->download(out, x); }
   bool finds_top() const override { return backend_->finds_top(); }

@@ -42,6 +42,8 @@ enum class Copies { kLate, kEarly, kRandom };
 
 struct Machine {
   int n_multiprocessors = 5;
+  std::size_t memory_bytes = std::size_t{1} << 28;
+  std::size_t taken_bytes = 0;
   int compute_capability = 90;
   std::size_t most_shared_bytes = 227 * 1024;  // of a block
   std::uint64_t seed = 0;
@@ -511,6 +513,15 @@ void fail_here(const Where& where, const std::string& message) {
   fail_launch(place(where), ": ", message);
 }
 
+void take_bytes(std::size_t bytes) {
+  if (bytes > free_bytes()) fail(ErrorCode::kCapacity, "[cuda] device memory: out of memory.");
+  machine.taken_bytes += bytes;
+}
+void give_bytes(std::size_t bytes) { machine.taken_bytes -= bytes; }
+std::size_t free_bytes() {
+  return machine.memory_bytes - std::min(machine.memory_bytes, machine.taken_bytes);
+}
+
 int multiprocessors() { return machine.n_multiprocessors; }
 int compute_capability() { return machine.compute_capability; }
 std::size_t shared_memory_limit() { return machine.most_shared_bytes; }
@@ -544,6 +555,10 @@ void emulated_compute_capability(int capability) { machine.compute_capability = 
 void emulated_shared_memory(int bytes) {
   machine.most_shared_bytes = static_cast<std::size_t>(bytes);
 }
+
+void emulated_memory(std::size_t bytes) { machine.memory_bytes = bytes; }
+std::size_t emulated_memory_bytes() { return machine.memory_bytes; }
+std::size_t emulated_taken_bytes() { return machine.taken_bytes; }
 
 void* device_alloc(std::size_t bytes) {
   GuardedBytes memory("device memory", bytes, kDeviceGuard);

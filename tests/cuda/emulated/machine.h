@@ -184,6 +184,11 @@ void tell(const unsigned* flag, Fiber& fiber);
 std::string place(const Where& where);
 [[noreturn]] void fail_here(const Where& where, const std::string& message);
 
+// Of the device's memory, as tests of what happens when it is full set it. Throws kCapacity.
+void take_bytes(std::size_t bytes);
+void give_bytes(std::size_t bytes);
+std::size_t free_bytes();
+
 int multiprocessors();
 int compute_capability();
 std::size_t shared_memory_limit();
@@ -200,7 +205,11 @@ void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
 void emulated_compute_capability(int capability);  // 90 unless told otherwise
 void emulated_shared_memory(int bytes);  // of a block at most: 227 KB unless told otherwise
-void* device_alloc(std::size_t bytes);
+// What kernels' callers may take: 256 MB unless told otherwise. What was taken stays.
+void emulated_memory(std::size_t bytes);
+std::size_t emulated_memory_bytes();
+std::size_t emulated_taken_bytes();
+void* device_alloc(std::size_t bytes);  // counts as nothing
 int device_free(void* memory);
 int device_copy(void* to, const void* from, std::size_t bytes);
 int check_guards();

@@ -11,7 +11,7 @@ namespace camelid::cuda {
 inline int count_gpus() { return 1; }
 inline void use_gpu(int) {}
 inline std::string gpu_name() { return "emulated"; }
-inline std::size_t free_bytes() { return std::size_t{1} << 26; }
+inline std::size_t free_bytes() { return emulated::free_bytes(); }
 
 class Stream {
  public:

@@ -13,9 +13,11 @@
 namespace camelid::cuda {
 
 struct FreeDevice {
+  std::size_t bytes = 0;
   void operator()(std::byte* memory) const {
     emulated::finish_work(emulated::n_submitted());  // as the GPU does
     device_free(memory);
+    emulated::give_bytes(bytes);
   }
 };
 struct FreePinned {
@@ -28,7 +30,8 @@ inline std::uint64_t n_allocations = 0;
 
 inline DeviceMemory allocate_device(std::size_t bytes) {
   ++n_allocations;
-  return DeviceMemory(static_cast<std::byte*>(device_alloc(bytes)));
+  emulated::take_bytes(bytes);
+  return DeviceMemory(static_cast<std::byte*>(device_alloc(bytes)), FreeDevice{bytes});
 }
 inline PinnedMemory allocate_pinned(std::size_t bytes) {
   return PinnedMemory(static_cast<std::byte*>(std::malloc(bytes)));
