@@ -51,7 +51,9 @@ std::unique_ptr<Engine> make_engine(const py::object& config, const std::string&
   options.max_step_tokens = max_step_tokens;
   options.on_packed = on_packed;
   options.timed = timed;
-  return std::make_unique<Engine>(to_config(config), options);
+  ModelConfig model = to_config(config);
+  const py::gil_scoped_release release;  // a GPU's first call takes a second
+  return std::make_unique<Engine>(std::move(model), options);
 }
 
 void load_embedding(Engine& engine, const py::object& source) {
@@ -288,6 +290,7 @@ void bind_engine(py::module_& m) {
       .def("memory", &memory)
       .def("describe", &Engine::describe)
       .def("available_bytes", &Engine::available_bytes)
+      .def("workspace_bytes", &Engine::workspace_bytes)
       .def("start_timeline", &start_timeline, py::arg("grain"))
       .def("stop_timeline", &stop_timeline)
       .def("check_invariants", &Engine::check_invariants, Release());

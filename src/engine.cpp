@@ -80,12 +80,13 @@ void Engine::finish_loading(std::size_t reserved_bytes) {
   prepared_bytes_ =
       backend_->prepare_steps(options_.max_step_tokens, config_.n_heads * config_.head_dim);
   const std::size_t workspace = workspace_bytes();
-  // Without a limit the cache may take what is free now, less a tenth for everyone else.
+  // Without a limit the cache may take what is free now and not planned for, less a tenth for
+  // everyone else.
   std::size_t left = backend_->available_bytes() / 10 * 9;
-  std::size_t taken = reserved_bytes;
+  std::size_t taken = reserved_bytes + workspace - prepared_bytes_;
   if (options_.memory_bytes > 0) {
     left = options_.memory_bytes;
-    taken += weight_bytes() + workspace;
+    taken = reserved_bytes + workspace + weight_bytes();
   }
   left = left > taken ? left - taken : 0;
   KvCacheOptions cache{options_.kv_cache, options_.page_size, left};

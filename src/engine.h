@@ -76,6 +76,8 @@ class Engine {
   MemoryReport memory() const;
   std::string describe() const { return backend_->describe(); }
   std::size_t available_bytes() const { return backend_->available_bytes(); }
+  // Of steps of up to max_step_tokens; what the backend adds is known once loading is finished.
+  std::size_t workspace_bytes() const;
   const ModelConfig& config() const { return config_; }
   void check_invariants() const;
 
@@ -84,7 +86,6 @@ class Engine {
   VisionTower& tower() const;
   TimedBackend& timed() const;
   std::size_t weight_bytes() const;
-  std::size_t workspace_bytes() const;
 
   ModelConfig config_;
   EngineOptions options_;

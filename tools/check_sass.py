@@ -5,7 +5,8 @@
 Reads the machine code of every kernel in the build's library with cuobjdump (which wants nvdisasm
 beside it; the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm have them where CUDA's toolkit
 does not). Fails when a kernel lacks an instruction that its speed rests on, when one of ours keeps
-anything in local memory, when warpgroups take more registers than their block has, or when ptxas
+anything in local memory, when one reads a uniform register that nobody wrote (ptxas 12.9 to 13.2
+loses that of a copy's cache hint), when warpgroups take more registers than their block has, or when ptxas
 wrote in the log that it spilled, serialised wgmma or ignored setmaxnreg. A log of a build that
 compiled no kernel says nothing, and fails too. Standard library only.
 """
@@ -33,6 +34,8 @@ class Kernel:
     counts: Counter[str]  # of instructions, modifiers included
     gives: set[int] = field(default_factory=set)  # registers of a thread: what warpgroups keep
     takes: set[int] = field(default_factory=set)
+    uniform_reads: set[int] = field(default_factory=set)  # of uniform registers, by their numbers
+    uniform_writes: set[int] = field(default_factory=set)
 
     def has(self, pattern: str) -> int:
         """Return how many instructions begin so."""
@@ -84,6 +87,15 @@ def dump(cuobjdump: Path, what: str, library: Path) -> Iterator[str]:
         sys.exit(f"[sass] {' '.join(command)} failed")
 
 
+def note_uniform(kernel: Kernel, operands: str) -> None:
+    """Note which uniform registers an instruction reads, and which it writes: its first one."""
+    target = re.match(r"\s*(?:U?P\w+,\s*)*UR(\d+)\b", operands)
+    if target:  # up to four together
+        kernel.uniform_writes.update(range(int(target[1]), int(target[1]) + 4))
+        operands = operands[target.end() :]
+    kernel.uniform_reads.update(map(int, re.findall(r"\bUR(\d+)", operands)))
+
+
 def read_kernels(lines: Iterator[str]) -> list[Kernel]:
     instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
     kernels: list[Kernel] = []
@@ -91,6 +103,7 @@ def read_kernels(lines: Iterator[str]) -> list[Kernel]:
     for line in lines:
         if found := instruction.match(line):
             kernels[-1].counts[found[1]] += 1
+            note_uniform(kernels[-1], found[2])
             if found[1].startswith("USETMAXREG"):
                 taken = "TRY_ALLOC" in found[1]
                 (kernels[-1].takes if taken else kernels[-1].gives).add(
@@ -151,6 +164,9 @@ def violations(kernels: list[Kernel]) -> Iterator[tuple[Kernel, str]]:
     for kernel in kernels:
         if n := kernel.has(LOCAL_MEMORY):
             yield kernel, f"{n} accesses of local memory: registers spill, or arrays are indexed"
+        if lost := kernel.uniform_reads - kernel.uniform_writes:
+            names = ", ".join(f"UR{n}" for n in sorted(lost))
+            yield kernel, f"reads {names}, which nothing writes"
         for part, patterns in MEANT.items():
             if re.search(part, kernel.name):
                 for pattern in patterns:

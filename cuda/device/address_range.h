@@ -1,4 +1,4 @@
-// Device addresses that are backed by memory granule by granule, through the driver's virtual memory.
+// Device addresses that memory backs granule by granule, through the driver's virtual memory.
 #pragma once
 
 #include <cuda.h>
@@ -62,10 +62,10 @@ struct VirtualMemory {
 class AddressRange {
  public:
   // At least so many bytes, none of them backed.
-  explicit AddressRange(std::size_t bytes) {
+  explicit AddressRange(std::size_t bytes) : device_(current_device()) {
     cudaFree(nullptr);  // the context exists from here on
     properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    properties_.location = {CU_MEM_LOCATION_TYPE_DEVICE, current_device()};
+    properties_.location = {CU_MEM_LOCATION_TYPE_DEVICE, device_};
     const VirtualMemory& calls = VirtualMemory::get();
     check_driver(calls.granularity(&granule_, &properties_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
                  "granularity");
@@ -76,7 +76,11 @@ class AddressRange {
   AddressRange(const AddressRange&) = delete;
   AddressRange& operator=(const AddressRange&) = delete;
   ~AddressRange() {
+    int others = 0;
+    cudaGetDevice(&others);
+    cudaSetDevice(device_);
     cudaDeviceSynchronize();  // nobody reads it any more
+    cudaSetDevice(others);
     for (std::size_t i = 0; i < backing_.size(); ++i) unback(i);
     VirtualMemory::get().free(base_, backing_.size() * granule_);
   }
@@ -86,24 +90,23 @@ class AddressRange {
   std::size_t n_granules() const { return backing_.size(); }
   bool is_backed(std::size_t i) const { return backing_[i].is_there; }
 
-  // Gives granule i memory of any contents, where it has none. Throws kCapacity.
-  void back(std::size_t i) {
-    Backing& backing = backing_[i];
-    if (backing.is_there) return;
-    const VirtualMemory& calls = VirtualMemory::get();
-    check_driver(calls.create(&backing.memory, granule_, &properties_, 0), "create");
-    const CUdeviceptr at = base_ + i * granule_;
-    CUmemAccessDesc access{};
-    access.location = properties_.location;
-    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-    CUresult result = calls.map(at, granule_, 0, backing.memory, 0);
-    if (result == CUDA_SUCCESS) {
-      result = calls.set_access(at, granule_, &access, 1);
-      if (result != CUDA_SUCCESS) calls.unmap(at, granule_);
+  std::size_t backed_bytes() const { return n_backed_ * granule_; }
+
+  // Gives the granules that have none memory of any contents. Throws kCapacity; some may have got
+  // theirs then.
+  void back(std::size_t first, std::size_t last) {
+    for (std::size_t i = first; i < last; ++i) {
+      if (backing_[i].is_there) continue;
+      std::size_t end = i;
+      try {
+        while (end < last && !backing_[end].is_there) map(end++);
+      } catch (...) {
+        allow_access(i, end);
+        throw;
+      }
+      allow_access(i, end);
+      i = end;
     }
-    if (result != CUDA_SUCCESS) calls.release(backing.memory);
-    check_driver(result, "map");
-    backing.is_there = true;
   }
   // Takes granule i's memory away, where it has some. Nothing on the device may use it.
   void unback(std::size_t i) {
@@ -112,6 +115,7 @@ class AddressRange {
     VirtualMemory::get().unmap(base_ + i * granule_, granule_);
     VirtualMemory::get().release(backing.memory);
     backing.is_there = false;
+    --n_backed_;
   }
 
  private:
@@ -120,17 +124,48 @@ class AddressRange {
     bool is_there = false;
   };
 
-  static void check_driver(CUresult result, const char* what) {
+  void map(std::size_t i) {
+    const VirtualMemory& calls = VirtualMemory::get();
+    CUmemGenericAllocationHandle memory = 0;
+    check_driver(calls.create(&memory, granule_, &properties_, 0), "create");
+    const CUresult result = calls.map(base_ + i * granule_, granule_, 0, memory, 0);
+    if (result != CUDA_SUCCESS) calls.release(memory);
+    check_driver(result, "map");
+    backing_[i] = {memory, true};
+    ++n_backed_;
+  }
+  // One call for neighbours: it takes longer than all others.
+  void allow_access(std::size_t first, std::size_t last) {
+    if (first == last) return;
+    CUmemAccessDesc access{};
+    access.location = properties_.location;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    const CUresult result = VirtualMemory::get().set_access(base_ + first * granule_,
+                                                            (last - first) * granule_, &access, 1);
     if (result == CUDA_SUCCESS) return;
-    const bool full = result == CUDA_ERROR_OUT_OF_MEMORY;
-    fail(full ? ErrorCode::kCapacity : ErrorCode::kInternal, "[cuda] virtual memory: ", what,
-         " failed with ", static_cast<int>(result), full ? ": the GPU's memory is full." : ".");
+    for (std::size_t i = first; i < last; ++i) unback(i);
+    check_driver(result, "access");
   }
 
+  static void check_driver(CUresult result, const char* what) {
+    if (result == CUDA_SUCCESS) return;
+    if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+      fail(ErrorCode::kCapacity, "[cuda] pages of the KV cache: the GPU's memory is full.");
+    }
+    if (result == CUDA_ERROR_NOT_SUPPORTED) {
+      fail(ErrorCode::kUnsupported, "[cuda] this GPU or its driver has no virtual memory, which ",
+           "the KV cache needs (a shared vGPU?). Use device=\"cpu\".");
+    }
+    fail(ErrorCode::kInternal, "[cuda] virtual memory: ", what, " failed with ",
+         static_cast<int>(result), ".");
+  }
+
+  int device_;
   CUmemAllocationProp properties_{};
   CUdeviceptr base_ = 0;
   std::size_t granule_ = 0;  // bytes
   std::vector<Backing> backing_;
+  std::size_t n_backed_ = 0;
 };
 
 }  // namespace camelid::cuda

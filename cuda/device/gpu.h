@@ -9,12 +9,39 @@
 
 namespace camelid::cuda {
 
-// 0 also where there is no driver. Never throws.
-inline int count_gpus() {
+// How many GPUs a process may use, and why none where it is so: without a driver, or with one too
+// old for this build.
+struct Gpus {
   int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  std::string why_none;
+};
+
+// Never throws.
+inline Gpus find_gpus() {
+  Gpus found;
+  const cudaError_t status = cudaGetDeviceCount(&found.count);
+  if (status == cudaSuccess && found.count > 0) return found;
   cudaGetLastError();  // not sticky
-  return 0;
+  found.count = 0;
+  found.why_none = cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status);
+  if (status != cudaErrorInsufficientDriver) return found;
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  found.why_none =
+      cat("the driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
+          " at most, this build needs ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10);
+  return found;
+}
+
+// 90 for Hopper; 0 where the GPU does not say. It takes none of its memory.
+inline int capability_of(int ordinal) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal) != cudaSuccess) {
+    cudaGetLastError();  // not sticky
+    return 0;
+  }
+  return 10 * major + minor;
 }
 
 // For the calls of this thread.

@@ -48,10 +48,13 @@ __device__ inline bool any_of_warp(bool value) { return __any_sync(kWholeWarp, v
 // Throws where a CUDA call failed; `what` names it: "[cuda] matmul: out of memory".
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // not sticky: the next call starts clean
+  cudaGetLastError();  // where it is not sticky, the next call starts clean
   const ErrorCode code =
       status == cudaErrorMemoryAllocation ? ErrorCode::kCapacity : ErrorCode::kInternal;
-  fail(code, "[cuda] " + std::string(what) + ": " + cudaGetErrorString(status) + ".");
+  fail(code, "[cuda] ", what, ": ", cudaGetErrorString(status), ".",
+       cudaPeekAtLastError() == cudaSuccess
+           ? ""
+           : " From here on the GPU refuses all that this process asks: restart the process.");
 }
 
 inline int current_device() {
@@ -128,8 +131,16 @@ int blocks_that_fit(void (*kernel)(Parameters...), int threads, std::size_t shar
   });
 }
 
-// Whether kernels may start before the one before has ended: from Hopper on.
-inline bool can_overlap() { return compute_capability() >= 90; }
+// Whether kernels may start before the one before has ended: from Hopper on, and with drivers that
+// can record it in a graph.
+inline bool can_overlap() {
+  static const bool recordable = [] {
+    int driver = 0;
+    check(cudaDriverGetVersion(&driver), "driver");
+    return driver >= 12030;
+  }();
+  return recordable && compute_capability() >= 90;
+}
 
 struct Launch {
   int blocks = 1;

@@ -61,13 +61,11 @@ __device__ inline void copy_async(void* shared, const void* global, int n_bytes)
   copy_async(shared_address(shared), global, n_bytes);
 }
 
-// Of 16 bytes that nobody reads a second time: L2 gives them up first.
-__device__ inline void copy_async_once(unsigned shared, const void* global) {
-  std::uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(shared),
-               "l"(global), "l"(policy)
-               : "memory");
+// All 16 bytes. Nothing tells L2 that nobody will read weights a second time: ptxas 12.9 to 13.2
+// loses the register of such a hint where the shared address has a part that is the same in the
+// whole warp (desc[UR1], which nobody wrote), and the copy is then an illegal instruction.
+__device__ inline void copy_async(unsigned shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
 }
 
 // Closes the group of this thread's copies since the last call; an empty group counts too.
@@ -179,11 +177,23 @@ __device__ inline float divide_fast(float a, float b) { return __fdividef(a, b);
 
 // ---- memory that blocks share ----
 
-__device__ inline float4 load_shared_by_blocks(const float4* pointer) { return __ldcg(pointer); }
-__device__ inline float load_shared_by_blocks(const float* pointer) { return __ldcg(pointer); }
+__device__ inline float4 load_shared_by_blocks(const float4* pointer) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(pointer)
+               : "memory");
+  return v;
+}
+__device__ inline float load_shared_by_blocks(const float* pointer) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];\n" : "=f"(v) : "l"(pointer) : "memory");
+  return v;
+}
 
-// What this thread wrote before is seen by whoever sees what it writes after.
-__device__ inline void fence_blocks() { __threadfence(); }
+// What this thread wrote before is seen by whoever sees what it writes after, and calls this after
+// it saw that. Not __threadfence(), which orders all fences of the GPU too and takes longer.
+__device__ inline void fence_blocks() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 
 __device__ inline unsigned add_atomic(unsigned* counter, unsigned amount) {
   return atomicAdd(counter, amount);

@@ -17,11 +17,14 @@ class Reservation {
 
   std::byte* data() const { return range_.data(); }
 
+  std::size_t bytes() const { return range_.n_granules() * range_.granule_bytes(); }
+  std::size_t backed_bytes() const { return range_.backed_bytes(); }
+
   // Backs the bytes from `data` on with memory, of any contents. Throws kCapacity; what it
   // backed before it did is nobody's, as after discard().
   void commit(void* data, std::size_t bytes) {
     const auto [first, last] = granules_of(data, bytes);
-    for (std::size_t i = first; i < last; ++i) range_.back(i);
+    range_.back(first, last);
     for (std::size_t i = first; i < last; ++i) ++n_users_[i];
   }
 

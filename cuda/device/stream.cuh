@@ -228,7 +228,7 @@ class Stream {
 #pragma unroll
       for (int i = 0; i < kWarpBytes / (kWarp * 16); ++i) {
         if (i * kWarp * 16 < Shape::kChunkBytes || chunks > 1) {
-          copy_async_once(to + i * kWarp * 16, tiles_ + i * kWarp * 16);
+          copy_async(to + i * kWarp * 16, tiles_ + i * kWarp * 16);
         }
       }
       tiles_ += kWarpBytes;
@@ -237,7 +237,7 @@ class Stream {
 #pragma unroll
       for (int i = 0; i < divide_up(Shape::kStep * Shape::kMostScaleBytes, kWarp * 16); ++i) {
         if (lane() * 16 + i * kWarp * 16 < chunks * scale_step_) {
-          copy_async_once(scales + i * kWarp * 16, scales_ + i * kWarp * 16);
+          copy_async(scales + i * kWarp * 16, scales_ + i * kWarp * 16);
         }
       }
       scales_ += Shape::kStep * scale_step_;

@@ -1,5 +1,4 @@
-// Every call of the seam, in terms of kernels. It decides no kernel but attention's; it keeps the
-// recordings of steps.
+// Every call of the seam, in terms of kernels. It decides no kernel but attention's.
 #include "host/cuda_backend.h"
 
 #include <cstring>
@@ -37,7 +36,15 @@ CudaBackend::CudaBackend(int ordinal, int n_threads)
       uploader_(gpu_.stream),
       products_(gpu_),
       feed_forward_(gpu_, products_),
-      step_(gpu_) {}
+      step_(gpu_),
+      recordings_(gpu_.stream) {}
+
+std::string CudaBackend::describe() const {
+  const std::string& why_not = recordings_.why_not();
+  return why_not.empty()
+             ? name_
+             : cat(name_, "; slower than it should be, steps are not recorded: ", why_not);
+}
 
 std::size_t CudaBackend::element_bytes(Role role) const {
   return role == Role::kSum ? sizeof(float) : sizeof(std::uint16_t);
@@ -86,6 +93,14 @@ Buffer CudaBackend::reserve(std::size_t bytes) {
   return {std::shared_ptr<void>(reservation, reservation->data()), bytes};
 }
 
+std::size_t CudaBackend::backed_bytes() const {
+  std::size_t bytes = 0;
+  for (const auto& [base, weak] : reservations_) {
+    if (const auto reservation = weak.lock()) bytes += reservation->backed_bytes();
+  }
+  return bytes;
+}
+
 Reservation& CudaBackend::reservation_of(void* data) {
   const auto after = reservations_.upper_bound(data);
   return *std::prev(after)->second.lock();
@@ -96,6 +111,7 @@ void CudaBackend::commit(void* data, std::size_t bytes) {
   Reservation& reservation = reservation_of(data);
   try {
     reservation.commit(data, bytes);
+    if (backed_bytes() > reservation.bytes()) reclaim();
     return;
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kCapacity || reclaim() == 0) throw;
@@ -143,40 +159,19 @@ std::size_t CudaBackend::prepare_steps(std::int64_t n_tokens, std::int64_t query
 
 std::unique_ptr<Clock> CudaBackend::make_clock() {
   use();
-  return std::make_unique<StreamClock>(gpu_.stream);
+  return std::make_unique<StreamClock>(ordinal_, gpu_.stream);
 }
 
 // ---- a step ----
 
-// A step of decoding is recorded at its second time: the first has taken what memory it needs. Any
-// memory taken later may have moved what a recording points to.
 bool CudaBackend::begin(const StepPlan& plan) {
   use();
-  if (std::exchange(recording_, false)) Graph::abandon(gpu_.stream);
   step_.set(plan);
   if (!plan.sampling_scale.empty()) top_rows_ = step_.n_rows();
   const KindArrays &local = step_.kind(true), &global = step_.kind(false);
-  step_kind_ = nullptr;
-  if (!plan.repeatable || local.n_many > 0 || global.n_many > 0) return true;
-  step_kind_ = &recorded_[{step_.n_tokens(), step_.n_rows(), local.pool.base, global.pool.base}];
-  if (step_kind_->n_allocations != n_allocations) {
-    step_kind_->graph = {};
-    return true;
-  }
-  if (step_kind_->graph.is_there()) return false;
-  Graph::record(gpu_.stream);
-  recording_ = true;
-  return true;
-}
-
-void CudaBackend::end() {
-  if (step_kind_ == nullptr) return;
-  if (std::exchange(recording_, false)) step_kind_->graph = Graph::finish(gpu_.stream);
-  if (step_kind_->graph.is_there()) {
-    step_kind_->graph.launch(gpu_.stream);
-  } else {
-    step_kind_->n_allocations = n_allocations;
-  }
+  const StepKind kind{step_.n_tokens(), step_.n_rows(), local.pool.base, global.pool.base};
+  const bool repeatable = plan.repeatable && local.n_many == 0 && global.n_many == 0;
+  return recordings_.begin(repeatable ? &kind : nullptr);
 }
 
 void CudaBackend::embed(Tensor y, const Matrix& table) {

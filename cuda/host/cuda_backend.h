@@ -2,7 +2,6 @@
 // order of one stream.
 #pragma once
 
-#include <compare>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -12,12 +11,12 @@
 #include "backend/backend.h"
 #include "base/threads.h"
 #include "device/gpu.h"
-#include "device/graph.h"
 #include "device/memory.h"
 #include "device/reservation.h"
 #include "device/uploader.h"
 #include "host/feed_forward.h"
 #include "host/products.h"
+#include "host/recordings.h"
 #include "host/step_arrays.h"
 #include "ops/rows.h"
 
@@ -28,7 +27,7 @@ class CudaBackend final : public Backend {
   // GPU number `ordinal`, which exists; n_threads pack weights.
   CudaBackend(int ordinal, int n_threads);
 
-  std::string describe() const override { return name_; }
+  std::string describe() const override;
   std::size_t element_bytes(Role role) const override;
   std::int64_t row_stride(std::int64_t dim) const override;
   KvType widest_kv() const override { return KvType::kBf16; }
@@ -46,7 +45,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Clock> make_clock() override;
 
   bool begin(const StepPlan& plan) override;
-  void end() override;
+  bool end() override { return recordings_.end(); }
+  void abandon() override { recordings_.abandon(); }
   void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
@@ -67,18 +67,9 @@ class CudaBackend final : public Backend {
 
  private:
   void use() const { use_gpu(ordinal_); }  // callers come from any thread
-  // A kind of step: how many tokens and rows, and in which pages.
-  struct StepKind {
-    std::int32_t n_tokens, n_rows;
-    const void *local, *global;
-    auto operator<=>(const StepKind&) const = default;
-  };
-  struct Recorded {
-    Graph graph;
-    std::uint64_t n_allocations = 0;  // when it was recorded, or last run: addresses are of then
-  };
   Reservation& reservation_of(void* data);
-  std::size_t reclaim();  // memory of discarded pages
+  std::size_t backed_bytes() const;  // of all reservations
+  std::size_t reclaim();             // memory of discarded pages
 
   int ordinal_;
   Stream stream_;  // the first of what follows, and so the last to go
@@ -97,9 +88,7 @@ class CudaBackend final : public Backend {
   PinnedMemory top_on_host_;
   std::int32_t top_capacity_ = 0;                             // rows
   std::map<void*, std::weak_ptr<Reservation>> reservations_;  // by where they begin
-  std::map<StepKind, Recorded> recorded_;
-  Recorded* step_kind_ = nullptr;  // of the step under way, where it is repeatable
-  bool recording_ = false;
+  Recordings recordings_;
 };
 
 }  // namespace camelid::cuda

@@ -9,19 +9,29 @@
 
 namespace camelid {
 
-bool cuda_available() { return cuda::count_gpus() > 0; }
+namespace {
+
+constexpr int kLeastCapability = 80;
+
+}  // namespace
+
+bool cuda_available() {
+  return cuda::find_gpus().count > 0 && cuda::capability_of(0) >= kLeastCapability;
+}
 
 std::unique_ptr<Backend> make_cuda_backend(int ordinal, int threads) {
-  const int n_gpus = cuda::count_gpus();
-  if (ordinal >= n_gpus) {
-    fail(ErrorCode::kUnsupported, "[cuda] there is no GPU number ", ordinal, "; ", n_gpus,
-         " can be used here", n_gpus == 0 ? " (is the driver installed?)" : "",
+  const cuda::Gpus gpus = cuda::find_gpus();
+  if (gpus.count == 0) {
+    fail(ErrorCode::kUnsupported, "[cuda] there is no GPU that can be used: ", gpus.why_none,
          ". Use device=\"cpu\".");
   }
-  cuda::use_gpu(ordinal);
-  const int capability = cuda::compute_capability();
-  constexpr int kLeastCapability = 80;
+  if (ordinal >= gpus.count) {
+    fail(ErrorCode::kUnsupported, "[cuda] there is no GPU number ", ordinal, "; ", gpus.count,
+         " can be used here, the first is number 0.");
+  }
+  const int capability = cuda::capability_of(ordinal);
   if (capability < kLeastCapability) {
+    cuda::use_gpu(ordinal);
     fail(ErrorCode::kUnsupported, "[cuda] GPU ", ordinal, " (", cuda::gpu_name(), ") has compute ",
          "capability ", capability / 10, ".", capability % 10,
          ", camelid needs 8.0 (Ampere) or later. Use device=\"cpu\".");

@@ -121,6 +121,7 @@ void StepArrays::describe(const KvPlan& plan, bool local) {
 }
 
 void StepArrays::set(const StepPlan& plan) {
+  sections_.clear();  // of a step that threw
   n_tokens_ = static_cast<std::int32_t>(plan.tokens.size());
   n_rows_ = static_cast<std::int32_t>(plan.rows.size());
   tokens_ = place<std::int32_t>(plan.tokens, tokens_at_);

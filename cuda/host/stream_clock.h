@@ -8,13 +8,14 @@
 
 #include "backend/clock.h"
 #include "device/clock.h"
+#include "device/gpu.h"
 #include "device/memory.h"
 
 namespace camelid::cuda {
 
 class StreamClock final : public Clock {
  public:
-  explicit StreamClock(cudaStream_t stream) : stream_(stream) {}
+  StreamClock(int ordinal, cudaStream_t stream) : ordinal_(ordinal), stream_(stream) {}
   ~StreamClock() override {
     gate_.open();
     try {
@@ -23,7 +24,10 @@ class StreamClock final : public Clock {
     }
   }
 
-  void hold() override { gate_.close(stream_); }
+  void hold() override {
+    use_gpu(ordinal_);  // callers come from any thread, and before the step's first call
+    gate_.close(stream_);
+  }
   void release() override { gate_.open(); }
   void mark() override {
     if (n_marks_ == moments_.size()) moments_.push_back(std::make_unique<Moment>());
@@ -39,6 +43,7 @@ class StreamClock final : public Clock {
   }
 
  private:
+  int ordinal_;
   cudaStream_t stream_;
   Gate gate_;
   std::vector<std::unique_ptr<Moment>> moments_;  // made once, used again

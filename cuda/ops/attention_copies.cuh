@@ -208,7 +208,7 @@ class FewCopies {
     if (n >= kStepTokens && head_dim == Shape::kDim) {
 #pragma unroll
       for (int row = 0; row < kStepTokens; row += kRows) {
-        copy_async_once(Rows::further(place, row), from + row * Rows::kRowBytes);
+        copy_async(Rows::further(place, row), from + row * Rows::kRowBytes);
       }
     } else {
       const int bytes = head_dim * (Shape::kScaled ? 1 : 2) - piece * 16;

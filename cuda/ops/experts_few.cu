@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
   Stream<Shape, Header> stream(parts);
   stream.prefetch(kRoutedUp);
   wait_for_previous_kernel();
+  let_next_kernel_start();
   run_router(call, scratch.logits, header);
   // A loop, so that the stream is compiled once: three copies of it would spill registers.
 #pragma unroll 1

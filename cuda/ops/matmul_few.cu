@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
   Stream<Shape, Header> stream(parts);
   stream.prefetch(1);
   wait_for_previous_kernel();
+  let_next_kernel_start();
   stream.run(1, 1);
 }
 

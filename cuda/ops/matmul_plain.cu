@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int n_w_rows = paired ? divide_up(call.rows, kTileRows) * kTileRows : call.rows;
   const int n_row_blocks = divide_up(n_w_rows, kSide);
   wait_for_previous_kernel();
+  let_next_kernel_start();
   Job job;
   for (int number = block_index(); find_job(call, number, n_row_blocks, job);
        number += grid_size()) {

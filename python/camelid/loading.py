@@ -117,6 +117,7 @@ def load(
         plan,
         limit_bytes=limit,
         limit_is_wish=limit == options.memory,
+        workspace_bytes=core.workspace_bytes(),
         cache_bytes=image_cache_bytes(config, options, 0) if on_cpu else 0,
     )
     _load_weights(core, checkpoint, releaser, progress=progress)

@@ -100,9 +100,10 @@ def require_fit(
     *,
     limit_bytes: int,
     limit_is_wish: bool,
+    workspace_bytes: int = 0,
     cache_bytes: int = 0,
 ) -> int:
-    """Refuse weights that will not fit beside one page of KV cache and `cache_bytes` of others.
+    """Refuse weights that will not fit beside a workspace, a page of KV cache and `cache_bytes`.
 
     Returns:
         The bytes that are left.
@@ -110,7 +111,8 @@ def require_fit(
     Raises:
         CapacityError: Saying what is needed, what there is, and which choices would fit.
     """
-    others = kv_report(checkpoint.config, plan.kv_cache).bytes_for(1) + cache_bytes
+    page = kv_report(checkpoint.config, plan.kv_cache).bytes_for(1)
+    others = workspace_bytes + page + cache_bytes
 
     def needed(plan: LoadPlan) -> int:
         return inspect(checkpoint, weights=plan.weights, head=plan.head).loaded_bytes + others
@@ -121,7 +123,7 @@ def require_fit(
     fitting = [name for name, size in sizes.items() if size <= limit_bytes]
     without = needed(plan) - cache_bytes
     if cache_bytes and without <= limit_bytes:
-        advice = f"Lower image_cache=: all else takes {show_bytes(without)}, and a workspace."
+        advice = f"Lower image_cache=: all else takes {show_bytes(without)}."
     elif fitting:
         advice = f'weights="{fitting[0]}" takes {show_bytes(sizes[fitting[0]])} and would fit.'
     else:

@@ -83,7 +83,8 @@ class Backend {
   // Starts a step; `plan` outlives it. False where the calls up to end() need not be made: they
   // were recorded at an earlier step of the same kind, and end() makes them again.
   virtual bool begin(const StepPlan& plan) = 0;
-  virtual void end() = 0;
+  virtual bool end() = 0;      // false where the step must be begun again: nothing has run
+  virtual void abandon() = 0;  // instead of end(), after a call that threw
   virtual void embed(Tensor y, const Matrix& table) = 0;  // of the plan's tokens
   virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
   virtual void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,
@@ -107,6 +108,19 @@ class Backend {
   virtual void find_top(Tensor logits) = 0;
   virtual std::vector<TopLogits> top() = 0;
 };
+
+// Makes the calls of one step.
+template <class Calls>
+void run_step(Backend& backend, const StepPlan& plan, const Calls& calls) {
+  try {
+    do {
+      if (backend.begin(plan)) calls();
+    } while (!backend.end());
+  } catch (...) {
+    backend.abandon();
+    throw;
+  }
+}
 
 struct BackendOptions {
   std::string device = "auto";  // auto | cpu | cuda | cuda:N

@@ -41,7 +41,6 @@ void TimedBackend::mark(std::string name) {
 }
 
 void TimedBackend::open_step() {
-  close_step();  // one that threw
   if (grain_ == Grain::kNothing) return;
   in_step_ = true;
   clock_->hold();
@@ -64,8 +63,14 @@ bool TimedBackend::begin(const StepPlan& plan) {
   return must_call;
 }
 
-void TimedBackend::end() {
-  backend_->end();
+bool TimedBackend::end() {
+  const bool is_done = backend_->end();
+  close_step();
+  return is_done;
+}
+
+void TimedBackend::abandon() {
+  backend_->abandon();
   close_step();
 }
 

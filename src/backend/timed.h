@@ -60,7 +60,8 @@ class TimedBackend final : public Backend {
   std::vector<TopLogits> top() override { return backend_->top(); }
 
   bool begin(const StepPlan& plan) override;
-  void end() override;
+  bool end() override;
+  void abandon() override;
   void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;

@@ -82,7 +82,8 @@ class CpuBackend final : public Backend {
     plan_ = &plan;
     return true;
   }
-  void end() override {}
+  bool end() override { return true; }
+  void abandon() override {}
   void embed(Tensor y, const Matrix& table) override;
   void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;

@@ -39,8 +39,7 @@ void Llama4::start(const StepPlan& plan, std::span<const EmbeddingRun> features)
   rows.a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim, Role::kOperand);
   rows.last = rows_of(last_, n_rows, config_.dim, Role::kSum);
   rows.logits = rows_of(logits_, n_rows, config_.vocab_size, Role::kSum);
-  if (backend_.begin(plan)) run(rows, features);
-  backend_.end();
+  run_step(backend_, plan, [&] { run(rows, features); });
 }
 
 void Llama4::download_logits(std::int64_t first_row, std::int64_t n_rows, float* out) {

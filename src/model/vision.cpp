@@ -283,11 +283,11 @@ void VisionTower::encode(std::span<const float> pixels, float* out) {
   const Rows rows = place_rows();
   const auto of_tile = static_cast<std::size_t>(config_.pixels_per_tile());
   for (std::size_t at = 0; at + of_tile <= pixels.size(); at += of_tile) {
-    backend_.begin(plan_);
-    embed(rows, pixels.data() + at);
-    for (const Layer& layer : layers_) run_layer(rows, layer);
-    adapt(rows);
-    backend_.end();
+    run_step(backend_, plan_, [&] {
+      embed(rows, pixels.data() + at);
+      for (const Layer& layer : layers_) run_layer(rows, layer);
+      adapt(rows);
+    });
     backend_.download(out, rows.projected);
     out += config_.tokens_per_tile() * text_dim_;
   }

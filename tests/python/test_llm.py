@@ -335,7 +335,9 @@ def test_a_small_memory_is_planned_for(folder: Path) -> None:
 def test_weights_beyond_the_machine_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, memory: str | None
 ) -> None:
-    monkeypatch.setattr("camelid._core.Engine.available_bytes", lambda _: 520_000)
+    monkeypatch.setattr(
+        "camelid._core.Engine.available_bytes", lambda core: 520_000 + core.workspace_bytes()
+    )
     with pytest.raises(CapacityError, match=r'still take.*weights="int8" takes .* would fit'):
         LLM(folder, device="cpu", memory=memory)
 

@@ -172,7 +172,7 @@ __global__ void copy_and_look(const std::uint8_t* x, std::uint8_t* y, int n_byte
   };
   copy_async(mine, x + thread_index() * 32, n_bytes);
   commit_copies();
-  copy_async_once(shared_address(mine + 16), x + thread_index() * 32 + 16);
+  copy_async(shared_address(mine + 16), x + thread_index() * 32 + 16);
   commit_copies();
   wait_copies<2>();
   look(0);

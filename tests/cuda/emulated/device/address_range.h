@@ -37,12 +37,18 @@ class AddressRange {
   std::size_t n_granules() const { return is_backed_.size(); }
   bool is_backed(std::size_t i) const { return is_backed_[i]; }
 
-  void back(std::size_t i) {
-    if (is_backed_[i]) return;
-    emulated::take_bytes(granule_);
-    protect(i, PROT_READ | PROT_WRITE);
-    std::memset(base_ + i * granule_, 0xff, granule_);  // NaNs, as device memory is at first
-    is_backed_[i] = true;
+  std::size_t backed_bytes() const {
+    return static_cast<std::size_t>(std::ranges::count(is_backed_, true)) * granule_;
+  }
+
+  void back(std::size_t first, std::size_t last) {
+    for (std::size_t i = first; i < last; ++i) {
+      if (is_backed_[i]) continue;
+      emulated::take_bytes(granule_);
+      protect(i, PROT_READ | PROT_WRITE);
+      std::memset(base_ + i * granule_, 0xff, granule_);  // NaNs, as device memory is at first
+      is_backed_[i] = true;
+    }
   }
   void unback(std::size_t i) {
     if (!is_backed_[i]) return;

@@ -8,7 +8,12 @@
 
 namespace camelid::cuda {
 
-inline int count_gpus() { return 1; }
+struct Gpus {
+  int count = 0;
+  std::string why_none;
+};
+inline Gpus find_gpus() { return {1, ""}; }
+inline int capability_of(int) { return emulated::compute_capability(); }
 inline void use_gpu(int) {}
 inline std::string gpu_name() { return "emulated"; }
 inline std::size_t free_bytes() { return emulated::free_bytes(); }

@@ -74,8 +74,8 @@ inline void copy_async(unsigned shared, const void* global, int n_bytes,
                        emulated::Where where = emulated::Where::current()) {
   copy_async(emulated::at_shared(shared), global, n_bytes, where);
 }
-inline void copy_async_once(unsigned shared, const void* global,
-                            emulated::Where where = emulated::Where::current()) {
+inline void copy_async(unsigned shared, const void* global,
+                       emulated::Where where = emulated::Where::current()) {
   emulated::start_copy(emulated::at_shared(shared), global, 16, where);
 }
 inline void commit_copies() { ++emulated::current->open_group; }
