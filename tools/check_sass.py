@@ -5,10 +5,10 @@
 Reads the machine code of every kernel in the build's library with cuobjdump (which wants nvdisasm
 beside it; the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm have them where CUDA's toolkit
 does not). Fails when a kernel lacks an instruction that its speed rests on, when one of ours keeps
-anything in local memory, when one reads a uniform register that nobody wrote (ptxas 12.9 to 13.2
-loses that of a copy's cache hint), when warpgroups take more registers than their block has, or when ptxas
-wrote in the log that it spilled, serialised wgmma or ignored setmaxnreg. A log of a build that
-compiled no kernel says nothing, and fails too. Standard library only.
+anything in local memory, when one reads a uniform register that nothing writes (ptxas 12.9 to 13.2
+loses that of a copy's cache hint), when warpgroups take more registers than their block has, or
+when ptxas wrote in the log that it spilled, serialised wgmma or ignored setmaxnreg. A log of a
+build that compiled no kernel says nothing, and fails too. Standard library only.
 """
 
 from __future__ import annotations

@@ -4,15 +4,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ops/scatter.h"
 #include "sm90/attention_many.h"
 
 namespace camelid::cuda {
 namespace {
 
-constexpr std::size_t kAlignment = 16;
-std::size_t aligned(std::size_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
+std::size_t words_of(std::size_t bytes) { return (bytes + Pieces::kBytes - 1) / Pieces::kBytes; }
 
 }  // namespace
 
@@ -47,28 +45,32 @@ KvShape kv_shape(const KvPages& pages) {
 
 template <class T>
 const T* StepArrays::place(std::span<const T> values, GrowingMemory& to) {
-  std::byte* at = to.at_least(values.size_bytes());
+  std::byte* at = to.at_least(words_of(values.size_bytes()) * Pieces::kBytes);
   if (!values.empty()) sections_.push_back({values.data(), values.size_bytes(), &to});
   return reinterpret_cast<const T*>(at);
 }
 
-// Copies all sections to pinned memory, and from there to where they belong.
+// Copies all sections to pinned memory, from where the GPU fetches them.
 void StepArrays::send() {
   Staged& staged = staged_[turn_];
   turn_ ^= 1u;
   staged.sent.wait();  // the step before last
   std::size_t bytes = 0;
-  for (const Section& section : sections_) bytes += aligned(section.bytes);
+  for (const Section& section : sections_) bytes += words_of(section.bytes) * Pieces::kBytes;
   if (staged.bytes < bytes) {
     staged.bytes = 2 * bytes;
     staged.memory = allocate_pinned(staged.bytes);
   }
+  Pieces pieces;
+  pieces.from = staged.memory.get();
   std::byte* next = staged.memory.get();
   for (const Section& section : sections_) {
     std::memcpy(next, section.from, section.bytes);
-    copy_to_device(section.to->get(), next, section.bytes, gpu_.stream);
-    next += aligned(section.bytes);
+    const std::size_t n_words = words_of(section.bytes);
+    pieces.pieces[pieces.n++] = {section.to->get(), static_cast<std::int32_t>(n_words)};
+    next += n_words * Pieces::kBytes;
   }
+  scatter(pieces, gpu_.stream);
   staged.sent.record(gpu_.stream);
   sections_.clear();
 }

@@ -53,6 +53,16 @@ def test_local_memory_is_found_in_any_kernel(name: str) -> None:
     assert "local memory" in whys[0]
 
 
+@pytest.mark.parametrize("write", ["ULDC.64 UR4, c[0x0][0x208]", "R2UR UR5, R6", "NOP"])
+def test_a_uniform_register_that_nothing_writes_is_found(write: str) -> None:
+    copy = "LDGSTS.E.BYPASS.128 [R4+UR4], desc[UR5][R2.64]"
+    listing = LISTING.replace("LDGSTS.E.BYPASS.128 [R4], [R2.64]", copy)
+    listing = listing.replace("LDC R1, c[0x0][0x28]", write)
+    lost = {"ULDC": "", "R2UR": "UR4", "NOP": "UR4, UR5"}[write.split(".")[0].split(" ")[0]]
+    whys = [why for _, why in check_sass.violations(kernels_of(listing))]
+    assert whys == ([f"reads {lost}, which nothing writes"] if lost else [])
+
+
 def test_a_kernel_that_is_gone_is_named() -> None:
     found = check_sass.violations(kernels_of(LISTING.replace("run_matmul_few", "renamed")))
     assert [why for _, why in found] == ["there is no such kernel"]
