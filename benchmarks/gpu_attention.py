@@ -35,7 +35,7 @@ from gpu_parts import Call, Gpu, Model, Row, n_copies  # noqa: E402
 from rows_cases import CKv, CRows  # noqa: E402
 
 FORMATS = ("bf16", "fp8", "int8")
-TOP_BYTES = 128 * 8 + 16  # of a row's best logits
+TOP_BYTES = 128 * 8 + 24  # of a row's best logits
 FEW = 0
 
 
@@ -233,7 +233,8 @@ def logits_rows(gpu: Gpu, model: Attention, l2_bytes: int, vocab: int = 202048) 
         scratch = gpu.device.reserve(library.case_top_logits_bytes(n_rows, vocab))
         counters = gpu.device.put(np.zeros(n_rows, np.uint32))
         factors = gpu.device.put(np.ones(n_rows, np.float32))
-        call = ("case_top_logits", out, logits, ctypes.c_int64(vocab), factors, n_rows, vocab,
+        uniforms = gpu.device.put(np.full(n_rows, 0.5, np.float32))
+        call = ("case_draw", out, logits, ctypes.c_int64(vocab), factors, uniforms, n_rows, vocab,
                 scratch, counters)  # fmt: skip
         yield Row(f"top_logits of {vocab}", n_rows, logits.n_bytes, 0, gpu.times([call]))
 

@@ -281,8 +281,8 @@ void CudaBackend::find_top(Tensor logits) {
   std::byte* scratch = top_scratch_.at_least(top_logits_scratch_bytes(top_rows_, vocab));
   auto* counters = reinterpret_cast<unsigned*>(
       top_counters_.at_least_zeroed(n_rows * sizeof(unsigned), gpu_.stream));
-  top_logits(found, static_cast<const float*>(logits.data), logits.row_stride,
-             step_.sampling_scale(), top_rows_, vocab, scratch, counters, gpu_.stream);
+  top_logits(found, static_cast<const float*>(logits.data), logits.row_stride, step_.sampling(),
+             top_rows_, vocab, scratch, counters, gpu_.stream);
 }
 
 std::vector<camelid::TopLogits> CudaBackend::top() {
@@ -299,7 +299,8 @@ std::vector<camelid::TopLogits> CudaBackend::top() {
   for (std::int32_t row = 0; row < top_rows_; ++row) {
     const TopLogits& t = found[row];
     const auto n = static_cast<std::size_t>(t.n);
-    result.push_back({{t.logits, n}, {t.tokens, n}, t.sum, t.scaled_sum, t.not_finite});
+    result.push_back(
+        {{t.logits, n}, {t.tokens, n}, t.sum, t.scaled_sum, t.not_finite, t.drawn, t.drawn_logit});
   }
   return result;
 }

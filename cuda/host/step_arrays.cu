@@ -129,8 +129,11 @@ void StepArrays::set(const StepPlan& plan) {
   tokens_ = place<std::int32_t>(plan.tokens, tokens_at_);
   rows_ = place<std::int32_t>(plan.rows, rows_at_);
   query_scale_ = place<float>(plan.query_scale, query_scale_at_);
-  const bool samples = !plan.sampling_scale.empty();
-  sampling_scale_ = samples ? place<float>(plan.sampling_scale, sampling_scale_at_) : nullptr;
+  sampling_ = {};
+  if (!plan.sampling_scale.empty()) {
+    sampling_ = {place<float>(plan.sampling_scale, factors_at_),
+                 place<float>(plan.sampling_uniform, uniforms_at_)};
+  }
   describe(plan.local, true);
   describe(plan.global, false);
   send();

@@ -13,6 +13,7 @@
 #include "host/gpu.h"
 #include "layout/kv_page.h"
 #include "ops/attention_plan.h"
+#include "ops/top_logits.h"
 
 namespace camelid::cuda {
 
@@ -48,7 +49,7 @@ class StepArrays {
   const std::int32_t* tokens() const { return tokens_; }
   const std::int32_t* rows() const { return rows_; }
   const float* query_scale() const { return query_scale_; }
-  const float* sampling_scale() const { return sampling_scale_; }  // null: 1
+  const Sampling& sampling() const { return sampling_; }
   const KindArrays& kind(bool local) const { return kinds_[local ? 1 : 0]; }
 
  private:
@@ -77,7 +78,7 @@ class StepArrays {
   const std::int32_t* tokens_ = nullptr;
   const std::int32_t* rows_ = nullptr;
   const float* query_scale_ = nullptr;
-  const float* sampling_scale_ = nullptr;
+  Sampling sampling_;
   std::array<KindArrays, 2> kinds_;
 
   struct KindMemory {
@@ -90,7 +91,7 @@ class StepArrays {
         counters_at;
   };
   std::array<KindMemory, 2> memories_;
-  GrowingMemory tokens_at_, rows_at_, query_scale_at_, sampling_scale_at_;
+  GrowingMemory tokens_at_, rows_at_, query_scale_at_, factors_at_, uniforms_at_;
 };
 
 }  // namespace camelid::cuda

@@ -19,90 +19,20 @@
 // Everything is compared as 64-bit keys, no two of them equal: the logit's bits so that integers
 // order them, then its id's complement. So there are no ties, and the order in which threads find
 // something has no effect on the result. Which block comes last has none either.
+//
+// A token drawn from the whole row is found the same way from above: by running sums over the
+// warps' parts, then over the logits of one part.
 
 #include "ops/top_logits.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "device/row.cuh"
-#include "layout/tiles.h"
+#include "ops/draw.cuh"
 
 namespace camelid::cuda {
 namespace {
 
-using Key = unsigned long long;
-
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kHalf = kWarp / 2;
-constexpr int kChunk = kHalf * kFour;  // logits that a half-warp reads at once
-constexpr int kSliceGroups = kThreads / kHalf;
-constexpr int kFoursOfMaxima = 2;
-constexpr int kMostGroups = kThreads * kFoursOfMaxima * kFour;
-constexpr int kMostVocab = 1 << 30;  // columns past the end stay below 2^31
-
-constexpr int kBinBits = 11;
-constexpr int kBins = 1 << kBinBits;
-constexpr int kMostKeys = 256;  // candidates that are counted against each other
-constexpr int kAtOnce = 4;      // reads of chosen groups that are under way
-constexpr int kMostSlices = 8;  // of a block
-constexpr int kNone = 0x7fffffff;
-constexpr float kNever = -std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-static_assert(kThreads / 4 == kMostTop, "load_parts: the threads are 128 sets of four");
-static_assert(kMostKeys >= kMostTop && kMostKeys * 2 == kThreads, "rank: two threads for each");
-
-struct Shape {
-  std::int64_t stride;
-  std::int32_t n_rows, vocab;
-  std::int32_t group;  // logits of a group: kChunk << chunk_shift
-  std::int32_t chunk_shift;
-  std::int32_t n_groups;  // of a row
-  std::int32_t n_slices;  // of a row
-  std::int32_t slices;    // of a block
-  std::int32_t n_blocks;  // of a row
-};
-
-// What the blocks of a row leave in its scratch.
-struct Parts {
-  float* largest;  // [n_slices * kSliceGroups]
-  float* sums;     // [n_slices * kWarps]; NaN where a logit is not finite
-  float* scaled;   // the same of the differences times the row's factor
-};
-constexpr int kSliceBytes = (kSliceGroups + 2 * kWarps) * 4;
-
-__device__ Parts parts_of(const Shape& shape, std::byte* scratch, int row) {
-  auto* largest =
-      reinterpret_cast<float*>(scratch + std::int64_t{row} * shape.n_slices * kSliceBytes);
-  float* sums = largest + shape.n_slices * kSliceGroups;
-  return {largest, sums, sums + shape.n_slices * kWarps};
-}
-
-// ---- keys ----
-
-// -0 is 0: ids decide between them.
-__device__ Key key_of(float logit, int id) {
-  const unsigned bits = __float_as_uint(logit + 0.0f);
-  const unsigned ordered = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
-  return Key{ordered} << 32 | ~static_cast<unsigned>(id);
-}
-__device__ float logit_of(Key key) {
-  const auto ordered = static_cast<unsigned>(key >> 32);
-  return __uint_as_float(ordered ^ ((ordered >> 31) != 0 ? 0x80000000u : 0xffffffffu));
-}
-__device__ int id_of(Key key) { return static_cast<int>(~static_cast<unsigned>(key)); }
-// The least key of a logit as good as the key's.
-__device__ Key least_of_logit(Key key) { return key >> 32 << 32; }
-
-__device__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
-
-template <typename T>
-__device__ T largest_of_lanes(T value, int lanes) {
-#pragma unroll
-  for (int mask = lanes / 2; mask > 0; mask /= 2) value = max(value, shuffle_xor(value, mask));
-  return value;
-}
+using namespace top;
 
 // ---- every block: its groups ----
 
@@ -177,31 +107,6 @@ __device__ void sum_up(const Shape& shape, const Line& logits, const Parts& part
 }
 
 // ---- the last block ----
-
-struct Merge {
-  unsigned bins[kBins];
-  Key keys[kMostKeys];
-  int groups[kMostKeys];
-  unsigned better[kMostKeys];  // by the second half of the threads
-  unsigned largest[kWarps], least[kWarps];
-  int bad[kWarps];
-  unsigned counts[kWarps];
-  float sums[kWarps], scaled[kWarps];
-  unsigned n_groups, n_keys;
-  unsigned bin, before, after;  // see find_bin
-  unsigned arrived;
-};
-
-// The sums over lower lanes and this one.
-__device__ unsigned running_sum(unsigned value) {
-  const int lane = thread_index() % kWarp;
-#pragma unroll
-  for (int far = 1; far < kWarp; far *= 2) {
-    const unsigned lower = shuffle(value, lane - far);
-    if (lane >= far) value += lower;
-  }
-  return value;
-}
 
 // The first bin up to which there are `wanted` at least (else the last), how many there are before
 // it and up to it; leaves the bins empty. Each thread looks at four.
@@ -432,10 +337,12 @@ __device__ void write_facts(const Shape& shape, TopLogits& out, float sum, float
   out.scaled_sum = scaled;
   out.n = min(shape.vocab, kMostTop);
   out.not_finite = not_finite;
+  out.drawn = -1;
+  out.drawn_logit = 0.0f;
 }
 
 __device__ void merge_row(Merge& merge, const Shape& shape, const Line& logits, const Parts& parts,
-                          float factor, TopLogits& out) {
+                          float factor, float uniform, TopLogits& out) {
   const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
   reinterpret_cast<uint4*>(merge.bins)[thread_index()] = uint4{0, 0, 0, 0};
   if (thread_index() == 0) merge.n_groups = merge.n_keys = 0;
@@ -478,24 +385,28 @@ __device__ void merge_row(Merge& merge, const Shape& shape, const Line& logits, 
     sync_block();
   }
   rank(merge, merge.better, out);
-  if (warp != 0) return;
-  sum = sum_of_warp(lane < kWarps ? merge.sums[lane] : 0.0f);
-  scaled = sum_of_warp(lane < kWarps ? merge.scaled[lane] : 0.0f);
-  write_facts(shape, out, sum, scaled, -1);
+  if (warp == 0) {
+    sum = sum_of_warp(lane < kWarps ? merge.sums[lane] : 0.0f);
+    scaled = sum_of_warp(lane < kWarps ? merge.scaled[lane] : 0.0f);
+    write_facts(shape, out, sum, scaled, -1);
+  }
+  if (uniform < 0.0f) return;
+  sync_block();
+  draw(merge, shape, logits, parts, best, factor, uniform, out);
 }
 
 // ---- kernel ----
 
 __global__ void __launch_bounds__(kThreads, 2)
-    top_logits_kernel(TopLogits* out, const float* logits, const float* factors, const Shape shape,
-                      std::byte* scratch, unsigned* counters) {
+    top_logits_kernel(TopLogits* out, const float* logits, const Sampling sampling,
+                      const Shape shape, std::byte* scratch, unsigned* counters) {
   let_next_kernel_start();
   Merge& merge = *reinterpret_cast<Merge*>(shared_memory());
   const int row = block_index() / shape.n_blocks;
   const Line line = line_of(const_cast<float*>(logits), row * shape.stride, shape.vocab, false);
   const Parts parts = parts_of(shape, scratch, row);
   wait_for_previous_kernel();
-  const float factor = factors == nullptr ? 1.0f : factors[row];
+  const float factor = sampling.factors == nullptr ? 1.0f : sampling.factors[row];
   sum_up(shape, line, parts, (block_index() - row * shape.n_blocks) * shape.slices, factor);
   sync_block();
   if (thread_index() == 0) {
@@ -506,7 +417,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   sync_block();
   if (merge.arrived != static_cast<unsigned>(shape.n_blocks) - 1) return;
   if (thread_index() == 0) counters[row] = 0;
-  merge_row(merge, shape, line, parts, factor, out[row]);
+  const float uniform = sampling.uniforms == nullptr ? -1.0f : sampling.uniforms[row];
+  merge_row(merge, shape, line, parts, factor, uniform, out[row]);
 }
 
 // ---- choose and launch ----
@@ -538,7 +450,7 @@ std::size_t top_logits_scratch_bytes(int n_rows, int vocab) {
   return static_cast<std::size_t>(n_rows) * static_cast<std::size_t>(shape.n_slices) * kSliceBytes;
 }
 
-void top_logits(TopLogits* out, const float* logits, std::int64_t stride, const float* factors,
+void top_logits(TopLogits* out, const float* logits, std::int64_t stride, const Sampling& sampling,
                 int n_rows, int vocab, std::byte* scratch, unsigned* counters,
                 cudaStream_t stream) {
   if (n_rows <= 0) return;
@@ -554,7 +466,7 @@ void top_logits(TopLogits* out, const float* logits, std::int64_t stride, const 
   how.shared_bytes = sizeof(Merge);
   how.stream = stream;
   how.overlaps = true;
-  launch("top_logits", top_logits_kernel, how, out, logits, factors, shape, scratch, counters);
+  launch("top_logits", top_logits_kernel, how, out, logits, sampling, shape, scratch, counters);
 }
 
 }  // namespace camelid::cuda

@@ -51,7 +51,10 @@ struct StepPlan {
   KvPlan local;
   KvPlan global;
   std::vector<float> query_scale;     // [n_tokens]: NoPE temperature, 1 where it is off
-  std::vector<float> sampling_scale;  // [rows]: 1 / temperature of sampling, for find_top()
+  // [rows], for find_top(): 1 / temperature of sampling, and where in 0 to 1 the token lies that is
+  // drawn from the whole row, below 0 where none is to be.
+  std::vector<float> sampling_scale;
+  std::vector<float> sampling_uniform;
 };
 
 // What distinguishes one layer's attention from another's.

@@ -188,25 +188,48 @@ void Sampler::observe_prompt(std::span<const std::int32_t> tokens) {
   for (std::int32_t token : tokens) counts_.try_emplace(token, 0);
 }
 
-void Sampler::apply_rules(std::span<float> logits) const {
+template <class Find>
+bool Sampler::apply_rules(const Find& find) const {
+  const SamplerParams& p = params_;
   // Rules may overflow float32; what they leave stays finite, so that draw() may subtract.
   const auto limited = [](double x) {
     return static_cast<float>(std::clamp<double>(x, -kLargest, kLargest));
   };
-  for (const auto& [token, bias] : params_.logit_bias) {
-    float& logit = logits[static_cast<std::size_t>(token)];
-    logit = limited(static_cast<double>(logit) + bias);
-  }
-  const double repetition = params_.repetition_penalty;
-  for (const auto& [token, count] : counts_) {
-    float& logit = logits[static_cast<std::size_t>(token)];
-    double x = logit > 0.0f ? logit / repetition : logit * repetition;
-    if (count > 0) {
-      x -= params_.presence_penalty + static_cast<double>(params_.frequency_penalty) * count;
+  bool all_known = true;
+  for (const auto& [token, bias] : p.logit_bias) {
+    if (float* logit = find(token)) {
+      *logit = limited(static_cast<double>(*logit) + bias);
+    } else {
+      all_known &= bias <= 0.0f;
     }
-    logit = limited(x);
   }
-  for (std::int32_t token : params_.banned) logits[static_cast<std::size_t>(token)] = kNever;
+  const double repetition = p.repetition_penalty;
+  const bool raises = repetition < 1.0 || p.presence_penalty < 0.0f || p.frequency_penalty < 0.0f;
+  for (const auto& [token, count] : counts_) {
+    float* logit = find(token);
+    if (logit == nullptr) {
+      all_known &= !raises;
+      continue;
+    }
+    double x = *logit > 0.0f ? *logit / repetition : *logit * repetition;
+    if (count > 0) {
+      x -= p.presence_penalty + static_cast<double>(p.frequency_penalty) * count;
+    }
+    *logit = limited(x);
+  }
+  for (std::int32_t token : p.banned) {
+    if (float* logit = find(token)) *logit = kNever;
+  }
+  return all_known;
+}
+
+float Sampler::scale() const {
+  return params_.temperature > 0.0f ? std::min(1.0f / params_.temperature, kLargest) : 1.0f;
+}
+
+bool Sampler::draws_plainly() const {
+  return params_.temperature > 0.0f && params_.top_k == 0 && params_.top_p == 1.0f &&
+         params_.min_p == 0.0f && !has_rules();
 }
 
 double Sampler::uniform() const {
@@ -237,7 +260,7 @@ std::int32_t Sampler::draw(std::span<float> logits, const Rest* rest) const {
     total += weights[i];
   }
   if (lacks) {  // top-p counts what min-p leaves, and of the rest that is not known
-    const bool known = params_.min_p == 0.0f && params_.top_p < 1.0f;
+    const bool known = rest->total > 0.0 && params_.min_p == 0.0f && params_.top_p < 1.0f;
     if (!known || total < params_.top_p * rest->total) return -1;
     total = rest->total;
   }
@@ -254,7 +277,7 @@ std::int32_t Sampler::draw(std::span<float> logits, const Rest* rest) const {
 Sampled Sampler::sample(std::span<const float> logits) {
   if (const std::int32_t bad = find_not_finite(logits); bad >= 0) return {-1, 0.0f, {}, bad};
   std::vector<float> adjusted(logits.begin(), logits.end());
-  apply_rules(adjusted);
+  apply_rules([&](std::int32_t token) { return &adjusted[static_cast<std::size_t>(token)]; });
   Sampled sampled;
   sampled.token = draw(adjusted, nullptr);
   if (params_.n_logprobs >= 0) {
@@ -272,6 +295,10 @@ bool Sampler::penalises() const {
          params_.frequency_penalty != 0.0f;
 }
 
+bool Sampler::has_rules() const {
+  return penalises() || !params_.logit_bias.empty() || !params_.banned.empty();
+}
+
 void Sampler::finish(Sampled& sampled) {
   ++n_sampled_;
   if (penalises()) ++counts_[sampled.token];
@@ -280,10 +307,7 @@ void Sampler::finish(Sampled& sampled) {
 std::optional<Sampled> Sampler::sample(const TopLogits& top) {
   if (top.not_finite >= 0) return Sampled{-1, 0.0f, {}, top.not_finite};
   const std::size_t n = top.tokens.size();
-  const bool has_rest = n < static_cast<std::size_t>(vocab_size_);
-  // Rules change logits of tokens that may not be among these.
-  const bool has_rules = penalises() || !params_.logit_bias.empty() || !params_.banned.empty();
-  if (has_rules || params_.n_logprobs > static_cast<int>(n)) return std::nullopt;
+  if (params_.n_logprobs > static_cast<int>(n)) return std::nullopt;
 
   std::vector<std::size_t> by_id(n);  // draw() goes through tokens in this order
   std::iota(by_id.begin(), by_id.end(), std::size_t{0});
@@ -292,21 +316,47 @@ std::optional<Sampled> Sampler::sample(const TopLogits& top) {
   std::vector<float> logits(n);
   std::transform(by_id.begin(), by_id.end(), logits.begin(),
                  [&](std::size_t i) { return top.logits[i]; });
-  const Rest rest{top.logits.back(), top.scaled_sum};
+  const auto find = [&](std::int32_t token) -> float* {
+    const auto at = std::lower_bound(
+        by_id.begin(), by_id.end(), token,
+        [&](std::size_t i, std::int32_t wanted) { return top.tokens[i] < wanted; });
+    const bool found = at != by_id.end() && top.tokens[*at] == token;
+    return found ? &logits[static_cast<std::size_t>(at - by_id.begin())] : nullptr;
+  };
+  if (!apply_rules(find)) return std::nullopt;
+  Rest rest{top.logits.back(), top.scaled_sum};
+  const bool has_rest = n < static_cast<std::size_t>(vocab_size_);
+  if (has_rest && has_rules()) {
+    // The best are now those that rules left above all that is not known, and the sum changed.
+    std::size_t n_kept = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      if (logits[i] <= rest.most) continue;
+      logits[n_kept] = logits[i];
+      by_id[n_kept++] = by_id[i];
+    }
+    if (n_kept == 0) return std::nullopt;
+    logits.resize(n_kept);
+    rest.total = 0.0;
+  }
   const std::int32_t drawn = draw(logits, has_rest ? &rest : nullptr);
-  if (drawn < 0) return std::nullopt;
-
-  const std::size_t index = by_id[static_cast<std::size_t>(drawn)];
   Sampled sampled;
-  sampled.token = top.tokens[index];
+  float logit = 0.0f;
+  if (drawn >= 0) {
+    const std::size_t index = by_id[static_cast<std::size_t>(drawn)];
+    sampled.token = top.tokens[index];
+    logit = top.logits[index];
+  } else if (draws_plainly() && top.drawn >= 0) {
+    sampled.token = top.drawn;
+    logit = top.drawn_logit;
+  } else {
+    return std::nullopt;
+  }
   if (params_.n_logprobs >= 0) {
     const double normaliser = top.logits.front() + std::log(top.sum);
-    const auto logprob = [&](std::size_t i) {
-      return static_cast<float>(top.logits[i] - normaliser);
-    };
-    sampled.logprob = logprob(index);
+    const auto logprob = [&](float of) { return static_cast<float>(of - normaliser); };
+    sampled.logprob = logprob(logit);
     for (std::size_t i = 0; i < static_cast<std::size_t>(params_.n_logprobs); ++i) {
-      sampled.top.push_back({top.tokens[i], logprob(i)});
+      sampled.top.push_back({top.tokens[i], logprob(top.logits[i])});
     }
   }
   finish(sampled);

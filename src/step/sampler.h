@@ -56,21 +56,30 @@ class Sampler {
   Sampled sample(std::span<const float> logits);
   // The same from the best logits, where they decide; nothing where all have to be looked at.
   std::optional<Sampled> sample(const TopLogits& top);
-  float temperature() const { return params_.temperature; }
+
+  float scale() const;  // 1 / temperature, finite; 1 where no random number decides
+  // Whether the model's probabilities alone decide, of all tokens, at a temperature above 0: the
+  // token is then the first up to which they add up to more than uniform(), of the next sample().
+  bool draws_plainly() const;
+  double uniform() const;
 
  private:
   void check() const;
-  void apply_rules(std::span<float> logits) const;
+  // find(token) is where its logit stands, or null; false where a rule may raise one that is not
+  // found.
+  template <class Find>
+  bool apply_rules(const Find& find) const;
   // What lies beyond the logits that draw() sees.
   struct Rest {
-    float most = 0.0f;   // no logit there is above
-    double total = 0.0;  // of all weights e^((logit - best) / temperature), seen ones too
+    float most = 0.0f;  // no logit there is above
+    double total =
+        0.0;  // of all weights e^((logit - best) / temperature), seen ones too; 0: unknown
   };
   // The index of the token drawn; -1 where that depends on `rest`. Works in place.
   std::int32_t draw(std::span<float> logits, const Rest* rest) const;
   bool penalises() const;
+  bool has_rules() const;  // that change logits
   void finish(Sampled& sampled);
-  double uniform() const;
 
   SamplerParams params_;
   std::int64_t vocab_size_;

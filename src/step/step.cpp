@@ -34,12 +34,13 @@ StepRunner::Wave StepRunner::next_wave(std::span<const StepEntry> entries,
     const auto left = static_cast<std::int64_t>(entry.tokens.size());
     const std::int64_t n = std::min(left, cache.left_in_chunk(entry.sequence));
     const std::int64_t position = cache.position(entry.sequence);
-    const float temperature = samplers.at(entry.sequence).temperature();
+    const Sampler& sampler = samplers.at(entry.sequence);
     for (std::int64_t i = 0; i < n; ++i) {
       const bool is_last = i + 1 == left;
       if (entry.output == Output::kLogits || (entry.output == Output::kSample && is_last)) {
         wave.rows.push_back(static_cast<std::int32_t>(wave.tokens.size()));
-        wave.sampling_scale.push_back(temperature > 0.0f ? 1.0f / temperature : 1.0f);
+        wave.sampling_scale.push_back(sampler.scale());
+        wave.sampling_uniform.push_back(sampler.draws_plainly() ? sampler.uniform() : -1.0f);
       }
       const std::int32_t feature =
           entry.feature_rows.empty() ? -1 : entry.feature_rows[static_cast<std::size_t>(i)];
@@ -64,6 +65,7 @@ void StepRunner::start(Wave& wave, KvCache& cache) {
   plan.repeatable = wave.features.empty();
   plan.query_scale = std::move(wave.query_scale);
   plan.sampling_scale = std::move(wave.sampling_scale);
+  plan.sampling_uniform = std::move(wave.sampling_uniform);
   cache.plan(wave.slices, plan);
   model_.start(plan, wave.features);
 }

@@ -35,11 +35,12 @@ class StepRunner {
   // The part of a step in which no sequence crosses a chunk boundary, so that each holds the local
   // pages of one chunk only.
   struct Wave {
-    std::vector<SequenceSlice> slices;   // [entries still running]
-    std::vector<std::int32_t> tokens;    // [n_tokens]
-    std::vector<std::int32_t> rows;      // of `tokens`, whose logits are wanted
-    std::vector<float> query_scale;      // [n_tokens]
-    std::vector<float> sampling_scale;   // [rows]
+    std::vector<SequenceSlice> slices;  // [entries still running]
+    std::vector<std::int32_t> tokens;   // [n_tokens]
+    std::vector<std::int32_t> rows;     // of `tokens`, whose logits are wanted
+    std::vector<float> query_scale;     // [n_tokens]
+    std::vector<float> sampling_scale;  // [rows]
+    std::vector<float> sampling_uniform;
     std::vector<EmbeddingRun> features;  // what replaces embeddings
     bool wants_logits = false;           // all of them, by somebody
   };

@@ -134,8 +134,16 @@ std::int64_t case_top_logits_bytes(int n_rows, int vocab) {
 int case_top_logits(void* out, const float* logits, std::int64_t stride, const float* factors,
                     int n_rows, int vocab, std::byte* scratch, unsigned* counters) {
   return caught([&] {
-    top_logits(static_cast<TopLogits*>(out), logits, stride, factors, n_rows, vocab, scratch,
-               counters, stream);
+    top_logits(static_cast<TopLogits*>(out), logits, stride, {factors, nullptr}, n_rows, vocab,
+               scratch, counters, stream);
+  });
+}
+int case_draw(void* out, const float* logits, std::int64_t stride, const float* factors,
+              const float* uniforms, int n_rows, int vocab, std::byte* scratch,
+              unsigned* counters) {
+  return caught([&] {
+    top_logits(static_cast<TopLogits*>(out), logits, stride, {factors, uniforms}, n_rows, vocab,
+               scratch, counters, stream);
   });
 }
 

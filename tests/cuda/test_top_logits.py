@@ -17,13 +17,21 @@ MOST = 128
 LLAMA = 202_048
 TOP = np.dtype(
     [("logits", np.float32, MOST), ("tokens", np.int32, MOST), ("sum", np.float32),
-     ("scaled_sum", np.float32), ("n", np.int32), ("not_finite", np.int32)]
+     ("scaled_sum", np.float32), ("n", np.int32), ("not_finite", np.int32),
+     ("drawn", np.int32), ("drawn_logit", np.float32)]
 )  # fmt: skip
 # Of exp, twice for each term; those far below the best, where exp_fast is worse, count for little.
 SUM_ERROR = 2.0**-17
 
 
-def run(device: Device, logits: Array, *, padding: int = 0, times: int = 1) -> Array:
+def run(
+    device: Device,
+    logits: Array,
+    *,
+    padding: int = 0,
+    times: int = 1,
+    uniforms: NDArray[np.float32] | None = None,
+) -> Array:
     """Return what is found of each row; NaNs and bytes of ones lie where nothing may be read."""
     n_rows, vocab = logits.shape
     rows = np.full((n_rows, vocab + padding), np.nan, np.float32)
@@ -35,8 +43,11 @@ def run(device: Device, logits: Array, *, padding: int = 0, times: int = 1) -> A
     counters = device.put(np.zeros(n_rows, np.uint32))
     at = device.put(rows)
     factors = device.put(factors_of(logits))
+    name, sampling = "case_top_logits", [factors]
+    if uniforms is not None:
+        name, sampling = "case_draw", [factors, device.put(uniforms)]
     for _ in range(times):
-        device.call("case_top_logits", out, at, ctypes.c_int64(vocab + padding), factors,
+        device.call(name, out, at, ctypes.c_int64(vocab + padding), *sampling,
                     n_rows, vocab, scratch, counters)  # fmt: skip
         assert not counters.read().any()
     return out.read().view(TOP)
@@ -61,6 +72,7 @@ def check(found: Array, logits: Array) -> None:
         assert abs(one["sum"] - exact) <= SUM_ERROR * exact
         scaled = np.exp((row.astype(np.float64) - row.max()) * factor).sum()
         assert abs(one["scaled_sum"] - scaled) <= SUM_ERROR * max(1, factor) * scaled
+        assert one["drawn"] >= 0 or one["drawn_logit"] == 0
 
 
 def random_logits(seed: int, n_rows: int, vocab: int) -> NDArray[np.float32]:
@@ -88,6 +100,55 @@ def test_vocabulary_of_larger_groups(device: Device) -> None:
     logits = random_logits(1, 1, 262_144 + 4095)
     logits[:, -3000:] += np.arange(3000) % 700 / 50
     check(run(device, logits), logits)
+
+
+# ---- a token drawn from the whole row ----
+def check_drawn(found: Array, logits: Array, uniforms: Array) -> None:
+    """Hold each token to the running sums at its sides, but for what float32 sums are off by."""
+    for one, row, factor, u in zip(found, logits, factors_of(logits), uniforms, strict=True):
+        if u < 0:
+            assert one["drawn"] == -1
+            continue
+        weights = np.exp((row.astype(np.float64) - row.max()) * factor)
+        sums = np.cumsum(weights) / weights.sum()
+        token = one["drawn"]
+        assert one["drawn_logit"] == row[token]
+        slack = 2.0**-16
+        assert (sums[token - 1] if token > 0 else 0.0) <= u + slack
+        assert sums[token] > u - slack
+        assert weights[token] > 0
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 127, 128, 129, 2047, 2049, 20_001])
+def test_draws_of_every_size(device: Device, vocab: int) -> None:
+    device.arrange(seed=vocab)
+    logits = np.repeat(random_logits(vocab, 1, vocab) / 4, 7, axis=0)
+    uniforms = np.array([0, 0.1, 0.5, -1, 0.9, 0.99999, 1], np.float32)
+    found = run(device, logits, uniforms=uniforms, padding=3)
+    check_drawn(found, logits, uniforms)
+    check(found, logits)
+
+
+def test_draws_of_llama_4(device: Device) -> None:
+    logits = np.repeat(random_logits(3, 1, LLAMA) / 8, 3, axis=0)
+    uniforms = np.array([0.3, 0.77, -1], np.float32)
+    check_drawn(run(device, logits, uniforms=uniforms), logits, uniforms)
+
+
+def test_draws_of_larger_groups(device: Device) -> None:
+    logits = random_logits(4, 1, 262_144 + 4095) / 8
+    uniforms = np.array([0.61], np.float32)
+    check_drawn(run(device, logits, uniforms=uniforms), logits, uniforms)
+
+
+def test_draws_where_few_tokens_weigh_anything(device: Device) -> None:
+    """All of a part but one token weigh nothing, and so do most parts."""
+    logits = np.full((6, 3000), -1e4, np.float32)
+    logits[:, [7, 1500, 2999]] = [1.0, 2.0, 1.5]
+    uniforms = np.linspace(0, 1, 6, dtype=np.float32)
+    found = run(device, logits, uniforms=uniforms)
+    check_drawn(found, logits, uniforms)
+    assert set(found["drawn"]) == {7, 1500, 2999}
 
 
 # ---- logits of all kinds ----

@@ -386,18 +386,90 @@ def test_the_best_logits_decide_as_all_do_or_not_at_all(
         assert decided > 0
 
 
-def test_the_best_logits_do_not_decide_where_rules_move_others() -> None:
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.25},
+        {"logit_bias": {3: -2.0, 17: -90.0}},
+        {"banned": list(range(0, 100, 3))},
+        {"repetition_penalty": 1.1, "banned": [5], "logit_bias": {9: -1.0}},
+    ],
+)
+@pytest.mark.parametrize("choice", [{"temperature": 0}, {"temperature": 0.9, "top_k": 5}])
+def test_the_best_logits_decide_where_rules_only_lower(
+    rules: dict[str, Any], choice: dict[str, Any]
+) -> None:
+    """Penalties of tokens that are not among the best change nothing about the best."""
+    rng = np.random.default_rng(7)
+    decided = refused = 0
+    for seed in range(30):
+        vocab = 400
+        logits = np.round(rng.standard_normal(vocab) * 3, 1).astype(np.float32)
+        whole, top = (make(vocab, seed=seed, n_logprobs=2, **choice, **rules) for _ in range(2))
+        prompt = rng.integers(0, vocab, 40).tolist()
+        for sampler in (whole, top):
+            sampler.observe_prompt(prompt)
+        for _ in range(12):
+            got = top.sample_top(*best_of(logits, 16, choice["temperature"]))
+            if got is None:
+                refused += 1
+                break
+            decided += 1
+            wanted = whole.sample(logits)
+            assert got.token == wanted.token
+            assert got.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+            assert [token for token, _ in got.top] == [token for token, _ in wanted.top]
+    assert decided > 100
+
+
+def test_a_token_drawn_from_the_whole_row_is_taken_where_nothing_else_decides() -> None:
+    rng = np.random.default_rng(3)
+    for seed in range(50):
+        logits = rng.standard_normal(3000).astype(np.float32)
+        temperature = float(rng.uniform(0.5, 2))
+        whole, top = (
+            make(3000, seed=seed, temperature=temperature, n_logprobs=1) for _ in range(2)
+        )
+        for _ in range(4):
+            assert top.draws_plainly
+            weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+            drawn = int(np.argmax(np.cumsum(weights) > top.uniform * weights.sum()))
+            best = best_of(logits, 128, temperature)
+            got = top.sample_top(*best, drawn=drawn, drawn_logit=logits[drawn])
+            wanted = whole.sample(logits)
+            assert got.token == wanted.token == drawn
+            assert got.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+    others: list[dict[str, Any]] = [
+        {"temperature": 0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"banned": [1]},
+        {"repetition_penalty": 1.1}, {"logit_bias": {3: 1.0}},
+    ]  # fmt: skip
+    for params in others:
+        assert not make(10, **params).draws_plainly
+
+
+def test_the_best_logits_do_not_decide_where_rules_raise_others() -> None:
     logits = logits_of(np.arange(50.0))
     for rule in (
-        {"repetition_penalty": 1.1},
-        {"presence_penalty": 0.5},
+        {"repetition_penalty": 0.9},
         {"frequency_penalty": -0.5},
+        {"presence_penalty": -0.5},
         {"logit_bias": {3: 90.0}},
-        {"banned": [49]},
+        {"banned": list(range(40, 50))},
         {"n_logprobs": 11},
     ):
         sampler = make(50, temperature=0, **rule)
-        assert sampler.sample_top(*best_of(logits, 10, 0.0)) is None
+        sampler.observe_prompt([1])
+        sampler.sample(np.roll(logits, 10))  # 9, which is not among the best
+        assert sampler.sample_top(*best_of(logits, 10, 0.0)) is None, rule
     assert make(50, temperature=0).sample_top(*best_of(logits, 10, 0.0)).token == 49
+    assert make(50, temperature=0, banned=[49]).sample_top(*best_of(logits, 10, 0.0)).token == 48
+    raised = make(50, temperature=0, logit_bias={45: 90.0})
+    assert raised.sample_top(*best_of(logits, 10, 0.0)).token == 45
     bad = (logits_of([]), [], 0.0, 0.0, 7)
     assert make(50, temperature=0).sample_top(*bad).not_finite == 7
+
+
+def test_a_temperature_of_almost_0_is_greedy() -> None:
+    logits = logits_of(np.arange(50.0))
+    assert make(50, temperature=1e-40).sample_top(*best_of(logits, 10, 0.0)).token == 49
