@@ -13,9 +13,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import gpu_dense  # noqa: E402
 import gpu_kernels  # noqa: E402
-import records  # noqa: E402
 from attention_cases import ITEM, CAttention, Plan, kv_sizes, plan_spans  # noqa: E402
 from attention_many_cases import MANY_QUERIES  # noqa: E402
 from cuda_cases import bf16  # noqa: E402
@@ -245,27 +243,13 @@ NOTE = (
     "over the bf16 peak; of prefill only pairs count that see each other."
 )
 
-FAMILIES: list[Callable[[Gpu, Attention, int], Iterator[Row]]] = [
-    decode_rows,
-    prefill_rows,
-    store_rows,
-    norm_rows,
-    logits_rows,
-]
-
-
-def measure(gpu: Gpu, model: Attention, sizes: Model) -> dict[str, Any]:
-    """Return the record of everything."""
-    machine = gpu.info()
-    peaks = gpu_kernels.memory_peaks(gpu, sizes)
-    peaks |= gpu_dense.bf16_peak(gpu, sizes, machine["capability"])
-    rows = []
-    for family in FAMILIES:
-        for row in family(gpu, model, machine["l2_bytes"]):
-            print(f"[gpu_attention] {row.name}, {row.n_tokens} tokens: {median(row.us):.2f} us",
-                  flush=True)  # fmt: skip
-            rows.append(asdict(row))
-    return records.gpu_head("gpu_attention", machine) | {"peaks": peaks, "rows": rows}
+FAMILIES: dict[str, Callable[[Gpu, Attention, int], Iterator[Row]]] = {
+    "decode": decode_rows,
+    "prefill": prefill_rows,
+    "store": store_rows,
+    "norm": norm_rows,
+    "logits": logits_rows,
+}
 
 
 def main(
@@ -274,9 +258,10 @@ def main(
     model: Attention | None = None,
     sizes: Model | None = None,
 ) -> None:
-    args = gpu_kernels.parse(argv, __doc__)
-    record = measure(gpu or Gpu(args.library), model or Attention(), sizes or Model())
-    gpu_kernels.publish(record, NOTE, args)
+    args = gpu_kernels.parse(argv, "gpu_attention", __doc__)
+    gpu, model = gpu or Gpu(args.library), model or Attention()
+    families = {name: partial(family, gpu, model) for name, family in FAMILIES.items()}
+    gpu_kernels.measure(gpu, sizes or Model(), families, NOTE, args)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def torch_us(kind: int, sizes: tuple[int, int, int], output: int) -> list[float]
     """Return the microseconds of PyTorch's, none where it is not there or has no such product."""
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # not there, or not its libraries
         return []
     if not torch.cuda.is_available():
         return []

@@ -5,16 +5,19 @@
 `tools/gpu_check` builds the library, tests it and calls this. Each kernel is called in a row on as
 many copies of its weights as pass L2 twice, recorded as a graph; a time is the graph's, divided by
 the calls. The limit is the larger of bytes over the read-only bandwidth and products over the bf16
-peak, both measured here before. Prints a table, and writes it with every run to benchmarks/results.
+peak, both measured here before. Prints a table, and writes it with every run to benchmarks/results:
+anew after each row, so that what comes later can lose nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import limits  # noqa: E402
 import records  # noqa: E402
 from cuda_cases import (  # noqa: E402
     ADD,
@@ -212,38 +216,38 @@ def packing_rows(gpu: Gpu, model: Model, _l2_bytes: int) -> Iterator[Row]:
 
 
 # Each family of kernels; what it reserves goes back before the next begins.
-FAMILIES: list[Callable[[Gpu, Model, int], Iterator[Row]]] = [
-    lambda gpu, model, l2: matmul_rows(gpu, "QKV", model.qkv_rows, model.dim, 4, (1, 8), l2),
-    lambda gpu, model, l2: matmul_rows(gpu, "O", model.dim, model.dim, 4, (1, 8), l2, ADD),
-    moe_rows,
-    grouped_rows,
-    lambda gpu, model, l2: matmul_rows(gpu, "lm_head", model.vocab_size, model.dim, 8, (1, 8), l2),
-    dense_rows,
-    routing_rows,
-    packing_rows,
-]
+FAMILIES: dict[str, Callable[[Gpu, Model, int], Iterator[Row]]] = {
+    "QKV": lambda gpu, m, l2: matmul_rows(gpu, "QKV", m.qkv_rows, m.dim, 4, (1, 8), l2),
+    "O": lambda gpu, m, l2: matmul_rows(gpu, "O", m.dim, m.dim, 4, (1, 8), l2, ADD),
+    "experts": moe_rows,
+    "grouped": grouped_rows,
+    "lm_head": lambda gpu, m, l2: matmul_rows(gpu, "lm_head", m.vocab_size, m.dim, 8, (1, 8), l2),
+    "dense": dense_rows,
+    "routing": routing_rows,
+    "packing": packing_rows,
+}
 
 
 # ---- what is made of it ----
 def limit_us(row: dict[str, Any], peaks: dict[str, Any]) -> float:
-    """Return what reading the bytes takes, or multiplying where the peak is known and lower."""
-    multiplying = peaks["bf16_tflop_s"] and row["n_flops"] / peaks["bf16_tflop_s"] / 1e6
-    return max(row["n_bytes"] / peaks["read_gb_s"] / 1e3, multiplying)
+    """Return what reading the bytes takes, or multiplying: the longer, of what has a known peak."""
+    work = limits.Work(row["n_bytes"], row["n_flops"])
+    return 1e6 * work.seconds(peaks["read_gb_s"], peaks["bf16_tflop_s"])
 
 
 def kernel_table(record: dict[str, Any]) -> str:
     """Return a Markdown table of medians beside their limits."""
     columns = ["kernel", "tokens", "MB", "us", "10 % to 90 %", "limit, us", "of limit",
                "GB/s", "of copy", "of torch"]  # fmt: skip
-    lines = [columns]
+    lines, copy = [columns], record["peaks"]["copy_gb_s"]
     for row in record["rows"]:
         time, limit = median(row["us"]), limit_us(row, record["peaks"])
         low, high = np.quantile(row["us"], (0.1, 0.9))
         speed = row["n_bytes"] / time / 1e3
         lines.append(
             [row["name"], str(row["n_tokens"]), f"{row['n_bytes'] / 1e6:.1f}", f"{time:.2f}",
-             f"{low:.2f} to {high:.2f}", f"{limit:.2f}", f"{limit / time:.0%}", f"{speed:.0f}",
-             f"{speed / record['peaks']['copy_gb_s']:.0%}",
+             f"{low:.2f} to {high:.2f}", f"{limit:.2f}", f"{limit / time:.0%}" if limit else "",
+             f"{speed:.0f}", f"{speed / copy:.0%}" if copy else "",
              f"{median(row['torch_us']) / time:.2f}" if row.get("torch_us") else ""]
         )  # fmt: skip
     return records.table(lines)
@@ -276,43 +280,68 @@ def markdown(record: dict[str, Any], note: str) -> str:
             kernel_table(record),
             "",
             note,
+            *(["", failures] if (failures := records.failures(record)) else []),
         ]
     )
 
 
-def measure(gpu: Gpu, model: Model) -> dict[str, Any]:
-    """Return the record of everything."""
-    machine = gpu.info()
-    peaks = memory_peaks(gpu, model) | bf16_peak(gpu, model, machine["capability"])
-    rows = []
-    for family in FAMILIES:
-        for row in family(gpu, model, machine["l2_bytes"]):
-            print(f"[gpu_kernels] {row.name}, {row.n_tokens} tokens: {median(row.us):.2f} us")
-            rows.append(asdict(row))
-    return records.gpu_head("gpu_kernels", machine) | {"peaks": peaks, "rows": rows}
+def measure(
+    gpu: Gpu,
+    sizes: Model,
+    families: Mapping[str, Callable[[int], Iterator[Row]]],
+    note: str,
+    args: argparse.Namespace,
+) -> None:
+    """Measure the peaks and families of kernels, and write all down row by row.
+
+    Args:
+        gpu: Where.
+        sizes: Of what the peaks are measured with.
+        families: By their names; each is told the bytes of L2.
+        note: Of the report.
+        args: Of parse().
+    """
+    machine, benchmark = gpu.info(), args.benchmark
+    record = records.gpu_head(benchmark, machine) | {"peaks": dict(limits.NO_PEAKS), "rows": []}
+    name = "-".join(filter(None, (records.slug(machine["gpu"]), args.note)))
+    path = records.new_path(record, args.out, name)
+    with records.kept_error(record, "peaks of memory"):
+        record["peaks"] |= memory_peaks(gpu, sizes)
+    with records.kept_error(record, "peak of products"):
+        record["peaks"] |= bf16_peak(gpu, sizes, machine["capability"])
+    for family, rows in families.items():
+        if not args.only.search(family):
+            continue
+        with records.kept_error(record, family):
+            for row in rows(machine["l2_bytes"]):
+                print(f"[{benchmark}] {row.name}, {row.n_tokens} tokens: {median(row.us):.2f} us",
+                      flush=True)  # fmt: skip
+                record["rows"].append(asdict(row))
+                records.rewrite(record, markdown(record, note), path)
+    records.rewrite(record, markdown(record, note), path)
+    print(kernel_table(record))
+    print(f"[{benchmark}] wrote {path}.json and .md")
+    records.exit_if_failed(record)
 
 
-def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+def parse(argv: list[str] | None, benchmark: str, description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(benchmark=benchmark)
     parser.add_argument("--library", type=Path, required=True, help="what tools/gpu_check built")
+    parser.add_argument("--only", type=re.compile, default="", metavar="REGEX",
+                        help="families of kernels whose names match")  # fmt: skip
     records.add_note(parser)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the result")
     return parser.parse_args(argv)
 
 
-def publish(record: dict[str, Any], note: str, args: argparse.Namespace) -> None:
-    """Print the table, and write the result."""
-    print(kernel_table(record))
-    name = "-".join(filter(None, (records.slug(record["machine"]["gpu"]), args.note)))
-    path = records.write(record, markdown(record, note), args.out, name)
-    print(f"[{record['benchmark']}] wrote {path}.json and .md")
-
-
 def main(argv: list[str] | None = None, gpu: Gpu | None = None, model: Model | None = None) -> None:
-    args = parse(argv, __doc__)
-    publish(measure(gpu or Gpu(args.library), model or Model()), NOTE, args)
+    args = parse(argv, "gpu_kernels", __doc__)
+    gpu, model = gpu or Gpu(args.library), model or Model()
+    families = {name: partial(family, gpu, model) for name, family in FAMILIES.items()}
+    measure(gpu, model, families, NOTE, args)
 
 
 if __name__ == "__main__":

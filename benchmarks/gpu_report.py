@@ -1,6 +1,6 @@
 """Put what was measured on one GPU into one result, with what it should reach.
 
-    python benchmarks/gpu_report.py build/gpu/results --out benchmarks/results
+    python benchmarks/gpu_report.py build/gpu/results/records --out benchmarks/results
 
 Reads the newest record of gpu_kernels, gpu_attention and gpu_step in a folder, as far as they are
 there, and writes DATE-GPU.json and .md. Measures nothing; tools/gpu_check calls it at the end.
@@ -63,13 +63,15 @@ BARS = (
 
 
 def newest(folder: Path) -> dict[str, Record]:
-    """Return the newest record of each benchmark in a folder, by name."""
+    """Return the newest record of each benchmark in a folder, by name, of the last GPU alone."""
     found: dict[str, Record] = {}
+    last = ""
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("benchmark") in MARKDOWN:
             found[record["benchmark"]] = record
-    return found
+            last = record["machine"]["gpu"]
+    return {name: record for name, record in found.items() if record["machine"]["gpu"] == last}
 
 
 def reached(record: Record, row: dict[str, Any]) -> float:
@@ -84,7 +86,9 @@ def find(found: dict[str, Record], bar: Bar) -> float | None:
     record = found.get(bar.benchmark)
     rows = [row for row in record["rows"] if row["name"].startswith(bar.row)
             and (not bar.kv or row["kv"] == bar.kv)] if record else []  # fmt: skip
-    return max((reached(record, row) for row in rows), default=None) if record else None
+    if record is None or not record["peaks"]["read_gb_s"]:
+        return None
+    return max((reached(record, row) for row in rows), default=None)
 
 
 def waited_us(found: dict[str, Record]) -> float | None:

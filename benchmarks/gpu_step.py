@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 NOTHING, SAMPLE = 0, 1
 N_WARM = 4  # steps, in which memory is taken and launches are recorded
-NO_PEAKS = {"read_gb_s": 0.0, "copy_gb_s": 0.0, "bf16_tflop_s": 0.0, "bf16_measured_by": "nobody"}
 
 
 @dataclass
@@ -233,41 +232,54 @@ def fitting_layers(config: ModelConfig, memory_bytes: float) -> int:
     return config.n_layers if not memory_bytes else min(config.n_layers, max(4, fitting))
 
 
-def measure(args: argparse.Namespace, peaks: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of everything."""
-    machine = peaks.pop("machine", {"gpu": args.device})
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything, write it down row by row, and return the record."""
+    record = records.gpu_head("gpu_step", {"gpu": args.device}) | {"peaks": dict(limits.NO_PEAKS)}
+    if args.library:
+        with records.kept_error(record, "peaks"):
+            measure_peaks(record, args.library)
+    machine = record["machine"]
     config = config_of(args.shape, args.layers)
     if args.layers is None:
         config = config_of(args.shape, fitting_layers(config, machine.get("memory_bytes", 0)))
-    rows: list[Row] = []
-    record = records.gpu_head("gpu_step", machine)
+    record["model"] = {"shape": args.shape, "n_layers": config.n_layers, "context": args.context}
+    record |= {"memory": {"weight_bytes": 0}, "rows": []}
+    note = "-".join(filter(None, (records.slug(machine["gpu"]), args.note)))
+    path = records.new_path(record, args.out, note)
     for kv in args.kv:
-        started = time.perf_counter()
-        engine = open_engine(RandomModel(config), device=args.device, kv_cache=kv,
-                             max_step_tokens=max(args.piece, *args.pieces),
-                             memory_bytes=args.memory, threads=args.threads)  # fmt: skip
-        memory = engine.memory()
-        print(f"[gpu_step] {engine.describe()}: {config.n_layers} layers, "
-              f"{memory['weight_bytes'] / 1e9:.2f} GB of weights packed in "
-              f"{time.perf_counter() - started:.1f} s, {memory['kv_limit_bytes'] / 1e9:.2f} GB "
-              f"for {kv} keys and values", flush=True)  # fmt: skip
-        record["memory"] = memory
-        for batch in args.batches:
-            rows += shown(measure_decode(engine, config, kv, batch, args))
-        for piece in args.pieces:
-            rows += shown(measure_prefill(engine, config, kv, piece, args))
-        del engine
-        gc.collect()
-    model = {"shape": args.shape, "n_layers": config.n_layers, "context": args.context}
-    return record | {"model": model, "peaks": peaks, "rows": [asdict(row) for row in rows]}
+        with records.kept_error(record, f"{kv} KV"):
+            for row in measure_kv(record, config, kv, args):
+                print(f"[gpu_step] {row.name}, {row.kv}: {median(row.ms):.3f} ms, "
+                      f"{median(row.device_ms):.3f} of them the device's", flush=True)  # fmt: skip
+                record["rows"].append(asdict(row))
+                records.rewrite(record, markdown(record), path)
+        gc.collect()  # the engine's memory
+    records.rewrite(record, markdown(record), path)
+    print(f"[gpu_step] wrote {path}.json and .md")
+    return record
 
 
-def shown(row: Row | None) -> list[Row]:
-    if row is None:
-        return []
-    print(f"[gpu_step] {row.name}, {row.kv}: {median(row.ms):.3f} ms, {median(row.device_ms):.3f} "
-          f"of them the device's", flush=True)  # fmt: skip
-    return [row]
+def measure_kv(
+    record: dict[str, Any], config: ModelConfig, kv: str, args: argparse.Namespace
+) -> Iterator[Row]:
+    """Measure all kinds of steps with one format of keys and values."""
+    started = time.perf_counter()
+    engine = open_engine(RandomModel(config), device=args.device, kv_cache=kv,
+                         max_step_tokens=max(args.piece, *args.pieces),
+                         memory_bytes=args.memory, threads=args.threads)  # fmt: skip
+    memory = record["memory"] = engine.memory()
+    print(f"[gpu_step] {engine.describe()}: {config.n_layers} layers, "
+          f"{memory['weight_bytes'] / 1e9:.2f} GB of weights packed in "
+          f"{time.perf_counter() - started:.1f} s, {memory['kv_limit_bytes'] / 1e9:.2f} GB "
+          f"for {kv} keys and values", flush=True)  # fmt: skip
+    kinds = [(measure_decode, "decode", n) for n in args.batches]
+    kinds += [(measure_prefill, "prefill", n) for n in args.pieces]
+    for measure_one, name, n in kinds:
+        row = None
+        with records.kept_error(record, f"{name} {n}, {kv} KV"):
+            row = measure_one(engine, config, kv, n, args)
+        if row is not None:
+            yield row
 
 
 # ---- what is made of it ----
@@ -334,19 +346,19 @@ def markdown(record: dict[str, Any]) -> str:
     if any(row["timeline"] for row in record["rows"]):
         parts.append("With an event between calls, so that no kernel begins before the one before "
                      "it ended: together they take longer than the step.")  # fmt: skip
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, [*parts, records.failures(record)]))
 
 
-def measured_peaks(library: Path) -> dict[str, Any]:
-    """Return what the GPU reads, copies and multiplies at most, and what it is."""
+def measure_peaks(record: dict[str, Any], library: Path) -> None:
+    """Write down what the GPU is, and what it reads, copies and multiplies at most."""
     from gpu_dense import bf16_peak
     from gpu_kernels import memory_peaks
     from gpu_parts import Gpu, Model
 
     gpu, model = Gpu(library), Model()
-    machine = gpu.info()
-    peaks = memory_peaks(gpu, model) | bf16_peak(gpu, model, machine["capability"])
-    return peaks | {"machine": machine}
+    record["machine"] = gpu.info()
+    record["peaks"] |= memory_peaks(gpu, model)
+    record["peaks"] |= bf16_peak(gpu, model, record["machine"]["capability"])
 
 
 def numbers(text: str) -> list[int]:
@@ -384,11 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"[gpu_step] the engine is not there ({error}). tools/gpu_check builds it.")
     if args.device.startswith("cuda") and not _core.cuda_available():
         sys.exit(f"[gpu_step] {_core.__file__} sees no GPU, or was built without CUDA.")
-    record = measure(args, measured_peaks(args.library) if args.library else dict(NO_PEAKS))
+    record = measure(args)
     print(step_table(record))
-    note = "-".join(filter(None, (records.slug(record["machine"]["gpu"]), args.note)))
-    path = records.write(record, markdown(record), args.out, note)
-    print(f"[gpu_step] wrote {path}.json and .md")
+    records.exit_if_failed(record)
 
 
 if __name__ == "__main__":

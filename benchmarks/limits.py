@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 INT4_BYTES = 0.5 + 2 / 128  # of a weight: 16 bits of scale for each 128
 INT8_BYTES = 1 + 2 / 128
 BF16_BYTES = 2
+# What a GPU reads, copies and multiplies at most, where nobody measured it: 0 limits nothing.
+NO_PEAKS = {"read_gb_s": 0.0, "copy_gb_s": 0.0, "bf16_tflop_s": 0.0, "bf16_measured_by": "nobody"}
 KV_BYTES = {"bf16": (2, 0), "fp8": (1, 4), "int8": (1, 4)}  # of a value, and of a row's scale
 
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
+import sys
 import tomllib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +73,39 @@ def gpu_head(benchmark: str, machine: dict[str, Any]) -> dict[str, Any]:
         "commit": commit(),
         "driver": driver(),
         "machine": machine,
+        "errors": {},
     }
 
 
+@contextmanager
+def kept_error(record: dict[str, Any], what: str) -> Iterator[None]:
+    """Let what fails be told in a record, so that the rest is measured all the same."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        record["errors"][what] = f"{type(error).__name__}: {error}"
+
+
+def exit_if_failed(record: dict[str, Any]) -> None:
+    """Exit with 1 where kept_error() kept one."""
+    if record["errors"]:
+        sys.exit(f"[{record['benchmark']}] failed: {', '.join(record['errors'])}")
+
+
+def failures(record: dict[str, Any]) -> str:
+    """Return what failed as Markdown, "" where nothing did."""
+    return "\n".join(f"- **{what} failed**: {' '.join(error.split())}"
+                     for what, error in record.get("errors", {}).items())  # fmt: skip
+
+
 def commit() -> str:
-    """Return what of this repository was measured, "" where that is not known."""
+    """Return what of this repository was measured, "" where that is not known.
+
+    CAMELID_COMMIT says it where the files are, but not git's own.
+    """
+    if told := os.environ.get("CAMELID_COMMIT"):
+        return told
     command = [
         "git",
         "-C",
@@ -119,7 +152,14 @@ def table(lines: list[list[str]]) -> str:
 
 
 def write(record: dict[str, Any], markdown: str, folder: Path, note: str) -> Path:
-    """Write DATE-BENCHMARK-NOTE.json and .md; return their path without the ending.
+    """Write DATE-BENCHMARK-NOTE.json and .md; return their path without the ending."""
+    path = new_path(record, folder, note)
+    rewrite(record, markdown, path)
+    return path
+
+
+def new_path(record: dict[str, Any], folder: Path, note: str) -> Path:
+    """Return where a result is to lie: DATE-BENCHMARK-NOTE, without the ending.
 
     Another result of that name stays; the later one gets a number.
     """
@@ -129,6 +169,12 @@ def write(record: dict[str, Any], markdown: str, folder: Path, note: str) -> Pat
     while (folder / f"{name}.json").exists() or (folder / f"{name}.md").exists():
         number += 1
         name = f"{whole}-{number}"
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
     return folder / name
+
+
+def rewrite(record: dict[str, Any], markdown: str, path: Path) -> None:
+    """Write a result over what was found before; whoever is killed meanwhile leaves the former."""
+    for ending, text in ((".json", json.dumps(record, indent=1)), (".md", markdown)):
+        unfinished = path.with_name(f"{path.name}{ending}.unfinished")
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path.with_name(path.name + ending))

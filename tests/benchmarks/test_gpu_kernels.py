@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,44 @@ def test_results_of_a_day_stay_and_notes_are_names(tmp_path: Path) -> None:
     names = [records.write(record, "", tmp_path, "x").name for _ in range(3)]
     assert names == [f"2026-12-24-gpu-kernels-x{number}" for number in ("", "-2", "-3")]
     with pytest.raises(SystemExit):
-        gpu_kernels.parse(["--library", "none", "--note", "a/b"], None)
+        gpu_kernels.parse(["--library", "none", "--note", "a/b"], "gpu_kernels", None)
 
 
-def test_a_result_says_what_was_measured() -> None:
+def test_what_fails_is_told_and_loses_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_peaks(gpu: object, model: object) -> None:
+        raise OSError("no clock")
+
+    def fails_later(gpu: object, model: object, l2: int) -> Iterator[gpu_parts.Row]:
+        yield gpu_parts.Row("early", 1, 1000, 0, [5.0])
+        kept = next(tmp_path.glob("*.json")).read_text()
+        assert "early" in kept  # before anything else is measured
+        raise RuntimeError("an illegal\naddress")
+
+    monkeypatch.setattr(gpu_kernels, "memory_peaks", no_peaks)
+    monkeypatch.setattr(gpu_dense, "torch_us", lambda kind, sizes, output: [])
+    monkeypatch.setitem(gpu_kernels.FAMILIES, "experts", fails_later)
+    arguments = ["--library", "none", "--out", str(tmp_path), "--only", "^O$|experts|pack"]
+    with pytest.raises(SystemExit, match=r"\[gpu_kernels\] failed: peaks of memory, experts"):
+        gpu_kernels.main(arguments, Emulated(), TINY)
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    names = [row["name"].split()[0] for row in record["rows"]]
+    assert names == ["INT4", "INT4", "early", "INT4", "INT8"]
+    assert record["errors"]["experts"] == "RuntimeError: an illegal\naddress"
+    report = path.with_suffix(".md").read_text()
+    assert "- **experts failed**: RuntimeError: an illegal address" in report
+    assert "fails_later" in capsys.readouterr().err  # where
+
+
+def test_a_result_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     record = records.gpu_head("gpu_kernels", {"cuda_runtime": 13000})
-    assert set(record) == {"benchmark", "date", "version", "commit", "driver", "machine"}
+    assert set(record) == {
+        "benchmark", "date", "version", "commit", "driver", "machine", "errors"
+    }  # fmt: skip
+    monkeypatch.setenv("CAMELID_COMMIT", "told")
+    assert records.commit() == "told"
     record |= {"commit": "0123456789ab-dirty", "driver": "580.65.06"}
     assert records.software(record) == "Commit 0123456789ab-dirty, driver 580.65.06, CUDA 13.0."
     assert "unknown" in records.software({"machine": {}})

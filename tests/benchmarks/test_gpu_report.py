@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import gpu_report
+import limits
 
 PEAKS = {"read_gb_s": 4000.0, "copy_gb_s": 3900.0, "bf16_tflop_s": 800.0, "bf16_measured_by": "us"}
 MACHINE = {"gpu": "NVIDIA H200", "multiprocessors": 132, "l2_bytes": 60 << 20}
@@ -59,6 +60,21 @@ def test_bars_and_one_result(folder: Path, tmp_path: Path) -> None:
     assert "## 2026-12-24: steps on NVIDIA H200" in report
     record = json.loads((tmp_path / "out" / "2026-12-24-nvidia-h200.json").read_text())
     assert set(record["records"]) == {"gpu_attention", "gpu_step"}
+
+
+def test_another_gpus_records_stay_out(folder: Path) -> None:
+    record = json.loads((folder / "1.json").read_text())
+    record["machine"] = MACHINE | {"gpu": "NVIDIA H100"}
+    (folder / "1.json").write_text(json.dumps(record))
+    os.utime(folder / "1.json", (1, 1))
+    os.utime(folder / "0.json", (0, 0))
+    assert set(gpu_report.newest(folder)) == {"gpu_step"}
+
+
+def test_without_peaks_nothing_is_judged(folder: Path) -> None:
+    found = gpu_report.newest(folder)
+    found["gpu_attention"]["peaks"] = limits.NO_PEAKS
+    assert gpu_report.find(found, gpu_report.BARS[0]) is None
 
 
 def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:

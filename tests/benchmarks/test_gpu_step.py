@@ -20,15 +20,15 @@ from emulated_build import ROOT, build_core
 from random_model import RandomModel, config_of, open_engine
 
 TINY = config_of("tiny", None)
-PEAKS = {"read_gb_s": 4000.0, "copy_gb_s": 3900.0, "bf16_tflop_s": 800.0, "bf16_measured_by": "us",
-         "machine": {"gpu": "Some GPU"}}  # fmt: skip
+PEAKS = {"read_gb_s": 4000.0, "copy_gb_s": 3900.0, "bf16_tflop_s": 800.0, "bf16_measured_by": "us"}
 ARGUMENTS = ["--shape", "tiny", "--context", "48", "--batches", "1,3", "--pieces", "16,48",
              "--piece", "32", "--runs", "4", "--memory", "8000000", "--threads", "1",
              "--timeline"]  # fmt: skip
 
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
-    monkeypatch.setattr(gpu_step, "measured_peaks", lambda library: dict(PEAKS))
+    known = {"peaks": PEAKS, "machine": {"gpu": "Some GPU"}}
+    monkeypatch.setattr(gpu_step, "measure_peaks", lambda record, _: record.update(known))
     gpu_step.main([*ARGUMENTS, "--device", "cpu", "--library", "none", "--kv", "bf16,int8",
                    "--out", str(tmp_path), *arguments])  # fmt: skip
     (path,) = tmp_path.glob("*-gpu-step-some-gpu.json")
@@ -57,6 +57,24 @@ def test_every_kind_of_step_is_measured_and_written_down(
     assert names["attend global"]["calls"] == 1
     assert names["matmul 512 x 256"]["calls"] == 2 * 1 - 1 + 4  # head, and qkv of 4 layers
     assert names["experts"]["work"]["n_flops"] == 4 * limits.experts(TINY, 3).n_flops
+
+
+def test_a_kind_of_step_that_fails_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(engine: object, config: object, kv: str, piece: int, args: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(gpu_step, "measure_prefill", fails)
+    with pytest.raises(SystemExit, match="failed: peaks, prefill 16, bf16 KV, wrong KV"):
+        gpu_step.main([*ARGUMENTS, "--device", "cpu", "--library", "none", "--kv", "bf16,wrong",
+                       "--pieces", "16", "--out", str(tmp_path)])  # fmt: skip
+    (path,) = tmp_path.glob("*-gpu-step-cpu.json")
+    record = json.loads(path.read_text())
+    assert [row["n_tokens"] for row in record["rows"]] == [1, 3]
+    assert "**prefill 16, bf16 KV failed**: RuntimeError: no room" in (
+        path.with_suffix(".md").read_text()
+    )
 
 
 def test_work_of_calls_adds_up_to_the_steps() -> None:

@@ -18,6 +18,13 @@ std::string last_error;
 cudaGraphExec_t recorded = nullptr;
 std::map<std::byte*, std::size_t> sizes;  // of what device_alloc() gave
 
+// A stream that waits for no other, as the engine's: what is only right because the legacy stream
+// waits for all is wrong there. Made with the first memory: who only loads this touches no GPU.
+void open_stream() {
+  if (stream != nullptr) return;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+}
+
 void check_guard(const std::byte* guard, const char* where, std::size_t bytes) {
   std::vector<unsigned char> found(kGuard);
   check(cudaMemcpy(found.data(), guard, kGuard, cudaMemcpyDeviceToHost), "guards");
@@ -50,15 +57,23 @@ int device_count() {
   return caught([&] { check(cudaGetDeviceCount(&count), "devices"); }) == 0 ? count : 0;
 }
 
+// The CUDA of the driver, 0 where there is none, and of the runtime in here: 13000 for 13.0.
+void cuda_versions(int* numbers) {
+  numbers[0] = numbers[1] = 0;
+  cudaDriverGetVersion(&numbers[0]);
+  cudaRuntimeGetVersion(&numbers[1]);
+}
+
 // Filled with NaNs, as an emulated device fills it; null after an error.
 void* device_alloc(std::size_t bytes) {
   std::byte* base = nullptr;
   const int failed = caught([&] {
+    open_stream();
     void* memory = nullptr;
     check(cudaMalloc(&memory, bytes + 2 * kGuard), "device memory");
     base = static_cast<std::byte*>(memory);
-    check(cudaMemset(base, kGuardByte, bytes + 2 * kGuard), "device memory");
-    check(cudaMemset(base + kGuard, 0xff, bytes), "device memory");
+    check(cudaMemsetAsync(base, kGuardByte, bytes + 2 * kGuard, stream), "device memory");
+    check(cudaMemsetAsync(base + kGuard, 0xff, bytes, stream), "device memory");
     sizes[base + kGuard] = bytes;
   });
   return failed != 0 ? nullptr : base + kGuard;
@@ -73,7 +88,8 @@ int device_free(void* memory) {
 }
 
 int device_copy(void* to, const void* from, std::size_t bytes) {
-  return caught([&] { check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "copy"); });
+  return caught(
+      [&] { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "copy"); });
 }
 
 int check_guards() {
@@ -85,7 +101,7 @@ int check_guards() {
 // From here to graph_end() calls are recorded instead of done.
 int graph_begin() {
   return caught([] {
-    if (stream == nullptr) check(cudaStreamCreate(&stream), "stream");
+    open_stream();
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "graph");
     recording = true;
   });

@@ -1,4 +1,5 @@
 // C functions over packing on the device, for tests on a GPU and on the emulated device.
+#include <map>
 #include <vector>
 
 #include "case.h"
@@ -6,6 +7,10 @@
 
 using namespace camelid;
 using namespace camelid::cuda;
+
+// As an engine keeps one: pinned memory takes longer to get than a matrix to pack. By the bytes of
+// a piece; never freed, since the driver may be gone before.
+static auto& uploaders = *new std::map<std::size_t, Uploader>;
 
 extern "C" {
 
@@ -43,8 +48,8 @@ int run_pack(const CSource* sources, int n_sources, int order, std::int64_t piec
                          static_cast<int>(packed.order)};
     std::copy(std::begin(found), std::end(found), shape);
     if (tiles == nullptr) return;
-    Uploader uploader(stream, static_cast<std::size_t>(piece_bytes));
-    pack(stack, packed, tiles, scales, uploader);
+    const auto piece = static_cast<std::size_t>(piece_bytes);
+    pack(stack, packed, tiles, scales, uploaders.try_emplace(piece, stream, piece).first->second);
   });
 }
 }

@@ -246,3 +246,15 @@ def test_all_blocks_of_a_gpu_and_many_rounds_of_rings(n_tokens: int) -> None:
     rng = np.random.default_rng(n_tokens)
     w = make_experts(device, rng, dim=5120, ffn_dim=8192, n_experts=2)
     check(device, w, rng, min(n_tokens, experts_few_need(device, w, 1)[3]))
+
+
+@pytest.mark.cuda
+@pytest.mark.small
+@pytest.mark.parametrize("n_tokens", [1, 9])
+def test_all_blocks_of_a_gpu_of_which_most_find_no_work(n_tokens: int) -> None:
+    """The whole grid meets as the engine starts it, small enough for a sanitizer."""
+    device = gpu_device()
+    device.arrange(multiprocessors=None)
+    rng = np.random.default_rng(n_tokens)
+    w = make_experts(device, rng, dim=136, ffn_dim=40, n_experts=4, top_k=2)
+    check(device, w, rng, n_tokens)
