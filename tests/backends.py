@@ -156,6 +156,17 @@ def emulate(*, capability: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_recordings() -> Iterator[None]:
+    """Let the emulated GPU's driver fail to repeat what it recorded."""
+    library = _emulator()
+    library.emulated_recording(0)
+    try:
+        yield
+    finally:
+        library.emulated_recording(1)
+
+
+@contextlib.contextmanager
 def gpu_memory(n_bytes: int) -> Iterator[None]:
     """Let the emulated GPU have so much memory, what is taken already included."""
     library = _emulator()

@@ -41,7 +41,16 @@ WATCH = [
     "-fno-tree-slp-vectorize",
 ]
 # -O1 compiles more than twice as fast as -O2; tests that run are hardly slower.
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+]
 
 
 class EmulatorError(Exception):

@@ -38,7 +38,7 @@ def test_every_kernel_is_called_and_written_down(
     ]  # fmt: skip
     assert set(gpu.called) == {
         "read_memory", "copy_memory", "run_attention", "case_attend_many", "case_store_kv",
-        "case_rms_norm", "case_top_logits",
+        "case_rms_norm", "case_draw",
     }  # fmt: skip
     report = path.with_suffix(".md").read_text()
     assert "nan" not in report.lower()

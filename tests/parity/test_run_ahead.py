@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import backends
 from camelid import _core
@@ -83,3 +84,31 @@ def test_a_page_that_was_taken_ahead_is_given_back(
     engine.close_sequence(sequence)
     assert engine.memory()["kv_used_bytes"] == before
     engine.check_invariants()
+
+
+def test_steps_that_cannot_be_recorded_run_all_the_same(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    if not backends.is_emulated():
+        pytest.skip("of an emulated GPU: it can be told to refuse")
+    folder = checkpoint("dense")[0]
+    prompt = list(range(40))
+
+    def decode() -> tuple[list[int], str]:
+        engine = open_engine(folder, page_size=PAGE)
+        sequence = open_greedy(engine)
+        tokens = prompt
+        said = []
+        for _ in range(8):
+            (one,) = step(engine, [(sequence, tokens)], SAMPLE).sampled
+            tokens = [one.token]
+            said.append(one.token)
+        engine.check_invariants()
+        return said, engine.describe()
+
+    wanted, described = decode()
+    assert "not recorded" not in described
+    with backends.without_recordings():
+        got, described = decode()
+    assert got == wanted
+    assert "steps are not recorded: [cuda] graph: not supported" in described

@@ -44,6 +44,7 @@ struct Machine {
   int n_multiprocessors = 5;
   std::size_t memory_bytes = std::size_t{1} << 28;
   std::size_t taken_bytes = 0;
+  bool can_record = true;
   int compute_capability = 90;
   std::size_t most_shared_bytes = 227 * 1024;  // of a block
   std::uint64_t seed = 0;
@@ -513,6 +514,8 @@ void fail_here(const Where& where, const std::string& message) {
   fail_launch(place(where), ": ", message);
 }
 
+bool can_record() { return machine.can_record; }
+
 void take_bytes(std::size_t bytes) {
   if (bytes > free_bytes()) fail(ErrorCode::kCapacity, "[cuda] device memory: out of memory.");
   machine.taken_bytes += bytes;
@@ -555,6 +558,8 @@ void emulated_compute_capability(int capability) { machine.compute_capability = 
 void emulated_shared_memory(int bytes) {
   machine.most_shared_bytes = static_cast<std::size_t>(bytes);
 }
+
+void emulated_recording(int works) { machine.can_record = works != 0; }
 
 void emulated_memory(std::size_t bytes) { machine.memory_bytes = bytes; }
 std::size_t emulated_memory_bytes() { return machine.memory_bytes; }

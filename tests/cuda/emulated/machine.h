@@ -143,6 +143,7 @@ std::int64_t n_submitted();
 using Record = std::vector<std::pair<std::function<void()>, bool>>;
 void start_recording();
 Record finish_recording();
+bool can_record();  // as tests of what happens where a driver cannot set it
 void replay(const Record& record);
 void finish_work(std::int64_t n);  // the first n that were ever submitted
 
@@ -205,6 +206,7 @@ void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
 void emulated_compute_capability(int capability);  // 90 unless told otherwise
 void emulated_shared_memory(int bytes);  // of a block at most: 227 KB unless told otherwise
+void emulated_recording(int works);  // 1 unless told otherwise
 // What kernels' callers may take: 256 MB unless told otherwise. What was taken stays.
 void emulated_memory(std::size_t bytes);
 std::size_t emulated_memory_bytes();

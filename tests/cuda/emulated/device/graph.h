@@ -17,6 +17,7 @@ class Graph {
   static Graph finish(cudaStream_t) {
     Graph graph;
     graph.record_ = emulated::finish_recording();
+    if (!emulated::can_record()) fail(ErrorCode::kInternal, "[cuda] graph: not supported.");
     graph.is_there_ = true;
     return graph;
   }
