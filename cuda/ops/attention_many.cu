@@ -27,6 +27,8 @@
 
 #include <cmath>
 
+#include "ops/instances.h"
+
 namespace camelid::cuda {
 namespace {
 
@@ -411,18 +413,6 @@ void launch_kernel(const ManyCall& call, cudaStream_t stream) {
   launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call);
 }
 
-template <int kDim>
-void launch_format(const ManyCall& call, cudaStream_t stream) {
-  switch (call.pool.shape.format) {
-    case KvFormat::kBf16:
-      return launch_kernel<kDim, KvFormat::kBf16>(call, stream);
-    case KvFormat::kE4m3:
-      return launch_kernel<kDim, KvFormat::kE4m3>(call, stream);
-    case KvFormat::kInt8:
-      return launch_kernel<kDim, KvFormat::kInt8>(call, stream);
-  }
-}
-
 }  // namespace
 
 ManyCall::ManyCall(const Attention& call, int n_items)
@@ -462,10 +452,13 @@ void check_attend_many(const Attention& call, int n_items) {
 void attend_many(const Attention& call, int n_items, int /*multiprocessors*/, cudaStream_t stream) {
   check_attend_many(call, n_items);
   if (n_items == 0) return;
+  const ManyCall many(call, n_items);
   const int instance = padded_head_dim(call.pool.shape.head_dim);
-  (instance == 64    ? launch_format<64>
-   : instance == 128 ? launch_format<128>
-                     : launch_format<256>)(ManyCall(call, n_items), stream);
+  with_kv_format(call.pool.shape.format, [&]<KvFormat kFormat>() {
+    (instance == 64    ? launch_kernel<64, kFormat>
+     : instance == 128 ? launch_kernel<128, kFormat>
+                       : launch_kernel<256, kFormat>)(many, stream);
+  });
 }
 
 }  // namespace camelid::cuda

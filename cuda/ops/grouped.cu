@@ -22,6 +22,7 @@
 #include "device/dequant.cuh"
 #include "ops/checks.h"
 #include "ops/grouped_finish.cuh"
+#include "ops/instances.h"
 
 namespace camelid::cuda {
 namespace {
@@ -284,14 +285,9 @@ void grouped_many(const GroupedProduct& p, int multiprocessors, cudaStream_t str
   how.blocks = grouped_blocks(p, kBlockTiles, multiprocessors);
   if (how.blocks == 0) return;
   check_product(p);
-  const bool k4 = p.shape.bits == Bits::k4;
-  if (p.shape.scales == Scales::kBf16) {
-    (k4 ? launch_kernel<Bits::k4, Scales::kBf16> : launch_kernel<Bits::k8, Scales::kBf16>)(p, how,
-                                                                                           stream);
-  } else {
-    (k4 ? launch_kernel<Bits::k4, Scales::kPairs>
-        : launch_kernel<Bits::k8, Scales::kPairs>)(p, how, stream);
-  }
+  with_tile_format(p.shape, [&]<Bits kBits, Scales kScales>() {
+    launch_kernel<kBits, kScales>(p, how, stream);
+  });
 }
 
 }  // namespace camelid::cuda

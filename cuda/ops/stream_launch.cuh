@@ -6,6 +6,7 @@
 
 #include "device/stream.cuh"
 #include "ops/checks.h"
+#include "ops/instances.h"
 #include "ops/workspace.h"
 
 namespace camelid::cuda {
@@ -21,16 +22,7 @@ auto with_stream_shape(const TileShape& shape, int tokens, const F& f) {
     if (tokens > 8) return f(StreamShape<kBits, kScales, 2>{});
     return f(StreamShape<kBits, kScales, 1>{});
   };
-  if (shape.bits == Bits::k4) {
-    if (shape.scales == Scales::kBf16) {
-      return with_tokens.template operator()<Bits::k4, Scales::kBf16>();
-    }
-    return with_tokens.template operator()<Bits::k4, Scales::kPairs>();
-  }
-  if (shape.scales == Scales::kBf16) {
-    return with_tokens.template operator()<Bits::k8, Scales::kBf16>();
-  }
-  return with_tokens.template operator()<Bits::k8, Scales::kPairs>();
+  return with_tile_format(shape, with_tokens);
 }
 
 template <class Shape, class Header>

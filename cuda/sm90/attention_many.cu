@@ -44,6 +44,7 @@
 #include <algorithm>
 
 #include "ops/attention_many.cuh"
+#include "ops/instances.h"
 #include "sm90/hopper.cuh"
 
 namespace camelid::cuda::sm90 {
@@ -193,7 +194,7 @@ struct Source {
   template <bool kWhole>
   __device__ __forceinline__ void copy_rows(unsigned to, int n_keys) const {
     using S = Share<kDim, kFormat>;
-    constexpr int kTogether = kWhole ? S::kEach : 1;
+    [[maybe_unused]] constexpr int kTogether = kWhole ? S::kEach : 1;
     const S mine;
     const int n_bytes = call.pool.shape.head_dim * (R::kScaled ? 1 : 2) - mine.piece * 16;
     const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
@@ -435,14 +436,16 @@ struct Order {
   int consumer;
   unsigned n_turns = 0;
 
-  // Until the halves are there and it is this consumer's turn to start products.
-  __device__ static void wait_full(const typename R::Place& at) {
-    wait_barrier(R::full(at.slot), at.parity);
+  // Until the halves are there, and products see them.
+  template <class... Place>
+  __device__ static void wait_full(const Place&... at) {
+    (wait_barrier(R::full(at.slot), at.parity), ...);
+    show_to_products();  // here, where the other consumer does not wait for it
   }
+  // Until it is this consumer's turn to start products.
   __device__ void wait_turn() {
-    wait_barrier(R::turn(consumer), (n_turns & 1) ^ (consumer == 0 ? 1 : 0));
+    wait_signal(R::turn(consumer), (n_turns & 1) ^ (consumer == 0 ? 1 : 0));
     ++n_turns;
-    show_to_products();  // what was copied and waited for
     start_products();
   }
   __device__ void pass_turn() const { arrive_once(R::turn(1 - consumer)); }
@@ -489,8 +492,7 @@ __device__ __forceinline__ void consume_job(const QueryTile& tile,
   for (first_key += kKeys; first_key < last_key; first_key += kKeys, half += 2) {
     const Place values(half + 1);
     keys = Place(half + 2);
-    order.wait_full(values);
-    order.wait_full(keys);
+    order.wait_full(values, keys);
     order.wait_turn();
     start_scores<kDim>(s, q, R::slot(keys.slot));
     start_values<kDim>(o, p, R::slot(values.slot));
@@ -555,18 +557,6 @@ void launch_kernel(const ManyCall& call, const Launch& sized) {
   launch("attend_many", attend_many_kernel<kDim, kFormat>, how, call);
 }
 
-template <int kDim>
-void launch_format(const ManyCall& call, const Launch& how) {
-  switch (call.pool.shape.format) {
-    case KvFormat::kBf16:
-      return launch_kernel<kDim, KvFormat::kBf16>(call, how);
-    case KvFormat::kE4m3:
-      return launch_kernel<kDim, KvFormat::kE4m3>(call, how);
-    case KvFormat::kInt8:
-      return launch_kernel<kDim, KvFormat::kInt8>(call, how);
-  }
-}
-
 }  // namespace
 
 bool attend_many_fits(const KvShape& shape) {
@@ -584,9 +574,11 @@ void attend_many(const Attention& call, int n_items, int multiprocessors, cudaSt
   how.blocks = std::min(n_items * call.pool.shape.n_kv_heads, multiprocessors);
   how.threads = kThreads;
   how.stream = stream;
-  (padded_head_dim(call.pool.shape.head_dim) == 64
-       ? launch_format<64>
-       : launch_format<128>)(ManyCall(call, n_items), how);
+  const ManyCall many(call, n_items);
+  with_kv_format(call.pool.shape.format, [&]<KvFormat kFormat>() {
+    (padded_head_dim(call.pool.shape.head_dim) == 64 ? launch_kernel<64, kFormat>
+                                                     : launch_kernel<128, kFormat>)(many, how);
+  });
 }
 
 }  // namespace camelid::cuda::sm90

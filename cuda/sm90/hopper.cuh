@@ -55,6 +55,12 @@ __device__ inline void wait_barrier(Barrier* barrier, unsigned parity) {
   }
 }
 
+// The same of a barrier that only says whose turn it is: what others wrote before they arrived is
+// not read after it.
+__device__ inline void wait_signal(Barrier* barrier, unsigned parity) {
+  wait_barrier(barrier, parity);
+}
+
 // ---- products of a warpgroup ----
 // The tensor cores read shared memory by a path of their own, the "async proxy".
 

@@ -1,10 +1,13 @@
 #include "model/llama4.h"
 
+#include <algorithm>
 #include <cstddef>
 
 namespace camelid {
 
 namespace {
+
+constexpr std::int64_t kSampledRows = 64;
 
 Tensor slice(Tensor x, std::int64_t first_row, std::int64_t n_rows, std::size_t element_bytes) {
   const auto offset = static_cast<std::size_t>(first_row * x.row_stride) * element_bytes;
@@ -86,7 +89,11 @@ std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {
     return static_cast<std::size_t>(n_tokens * backend_.row_stride(dim)) *
            backend_.element_bytes(role);
   };
-  return bytes(config_.dim, Role::kSum) + bytes(config_.dim, Role::kOperand) +
+  // As many sequences as run at once sample a row each.
+  const std::int64_t n_rows = std::min<std::int64_t>(n_tokens, kSampledRows);
+  const std::int64_t of_row = config_.dim + config_.vocab_size;
+  return static_cast<std::size_t>(n_rows * of_row) * sizeof(float) +
+         bytes(config_.dim, Role::kSum) + bytes(config_.dim, Role::kOperand) +
          bytes(config_.qkv_dim(), Role::kSum) +
          bytes(config_.n_heads * config_.head_dim, Role::kOperand);
 }

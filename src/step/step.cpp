@@ -11,6 +11,9 @@ namespace camelid {
 
 namespace {
 
+// Rows of one wave of which all logits are wanted: those of Llama 4 take 0.8 MB each on the device.
+constexpr std::int64_t kMostLogits = 512;
+
 // Notes that a feature replaces the embedding of `row`; neighbours in both go together.
 void add_feature(std::vector<EmbeddingRun>& runs, std::int64_t row, const float* values,
                  std::int64_t dim) {
@@ -32,7 +35,11 @@ StepRunner::Wave StepRunner::next_wave(std::span<const StepEntry> entries,
   Wave wave;
   for (const StepEntry& entry : entries) {
     const auto left = static_cast<std::int64_t>(entry.tokens.size());
-    const std::int64_t n = std::min(left, cache.left_in_chunk(entry.sequence));
+    std::int64_t n = std::min(left, cache.left_in_chunk(entry.sequence));
+    if (entry.output == Output::kLogits) {
+      const auto rows = static_cast<std::int64_t>(wave.rows.size());
+      n = std::min(n, std::max<std::int64_t>(kMostLogits - rows, 1));
+    }
     const std::int64_t position = cache.position(entry.sequence);
     const Sampler& sampler = samplers.at(entry.sequence);
     for (std::int64_t i = 0; i < n; ++i) {

@@ -3,23 +3,13 @@
 #include <span>
 
 #include "case.h"
-#include "ops/attention.h"
+#include "case_shapes.h"
 #include "ops/attention_plan.h"
 
 using namespace camelid;
 using namespace camelid::cuda;
 
 extern "C" {
-
-struct CaseAttention {
-  std::int32_t page_size, n_layers, n_kv_heads, head_dim, format;
-  std::int32_t kv_layer, n_heads, causal, multiprocessors;
-  std::int64_t q_stride, y_stride;
-};
-
-static KvShape kv_shape_of(const CaseAttention& c) {
-  return {c.page_size, c.n_layers, c.n_kv_heads, c.head_dim, static_cast<KvFormat>(c.format)};
-}
 
 // Bytes of a page, of a row, of the keys of a head; where those of kv_layer's first head begin and
 // where their scales follow; floats of a partial result.
@@ -56,18 +46,8 @@ int run_attention(std::int32_t which, const CaseAttention* c, std::byte* pool,
                   const std::int32_t* page_table, const std::uint16_t* q, std::uint16_t* y,
                   float* partials, unsigned* counters) {
   return caught([&] {
-    Attention call;
-    call.pool = {pool, kv_shape_of(*c)};
-    call.kv_layer = c->kv_layer;
-    call.n_heads = c->n_heads;
-    call.causal = c->causal != 0;
-    call.items = items;
+    Attention call = attention_of(*c, pool, items, page_table, q, y);
     call.n_items = n_items;
-    call.page_table = page_table;
-    call.q = q;
-    call.q_stride = c->q_stride;
-    call.y = y;
-    call.y_stride = c->y_stride;
     call.partials = partials;
     call.counters = counters;
     if (which != 0) fail(ErrorCode::kInternal, "no attention ", which);

@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "case.h"
+#include "case_shapes.h"
 #include "ops/grouped.h"
 #include "ops/route_many.h"
 #include "sm90/grouped.h"
@@ -10,19 +11,6 @@
 using namespace camelid::cuda;
 
 extern "C" {
-
-struct CaseShape {
-  std::int32_t rows, inputs, entries, bits, scales, order;
-};
-
-static TileShape shape_of(const CaseShape& s) {
-  return {s.rows,
-          s.inputs,
-          s.entries,
-          static_cast<Bits>(s.bits),
-          static_cast<Scales>(s.scales),
-          static_cast<RowOrder>(s.order)};
-}
 
 struct CaseProduct {
   CaseShape shape;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "case.h"
+#include "case_shapes.h"
 #include "layout/share.h"
 #include "ops/experts_few.h"
 #include "ops/matmul_few.h"
@@ -15,27 +16,14 @@ static int most_blocks = 0;
 
 extern "C" {
 
-struct CShape {
-  int rows, inputs, entries, bits, scales, order;
-};
-
-static TileShape shape_of(const CShape& s) {
-  return {s.rows,
-          s.inputs,
-          s.entries,
-          static_cast<Bits>(s.bits),
-          static_cast<Scales>(s.scales),
-          static_cast<RowOrder>(s.order)};
-}
-
 // How many bytes tiles and scales take.
-void tile_sizes(const CShape* s, std::int64_t* sizes) {
+void tile_sizes(const CaseShape* s, std::int64_t* sizes) {
   sizes[0] = shape_of(*s).bytes();
   sizes[1] = shape_of(*s).all_scale_bytes();
 }
 
 // What pack on the host does: values int32 [rows][inputs], scales and zeros float [rows][n_groups].
-void pack_tiles(const CShape* s, const int* values, const float* scales, const float* zeros,
+void pack_tiles(const CaseShape* s, const int* values, const float* scales, const float* zeros,
                 int group, std::byte* tiles, std::byte* packed_scales) {
   const TileShape shape = shape_of(*s);
   const int words = tile_bytes(shape.bits) / 4;
@@ -79,7 +67,7 @@ void pack_tiles(const CShape* s, const int* values, const float* scales, const f
 }
 
 // Unpacks tiles into values [rows][inputs]; how many further ones there are, all 0, or -1.
-int read_tiles(const CShape* s, const std::byte* tiles, int* values) {
+int read_tiles(const CaseShape* s, const std::byte* tiles, int* values) {
   const TiledMatrix w = {shape_of(*s), {tiles, nullptr}};
   int n_padding = 0;
   for (int row_tile = 0; row_tile < w.shape.n_row_tiles(); ++row_tile) {
@@ -100,7 +88,7 @@ int read_tiles(const CShape* s, const std::byte* tiles, int* values) {
   return n_padding;
 }
 
-int source_row_of(const CShape* s, int row_tile, int r) {
+int source_row_of(const CaseShape* s, int row_tile, int r) {
   return source_row(shape_of(*s), row_tile, r);
 }
 
@@ -116,13 +104,13 @@ void deal(int n_blocks, int n_units, int* bounds, int* owners) {
 
 void limit_blocks(int most) { most_blocks = most; }
 
-void matmul_few_need(const CShape* s, int n_tokens, std::int64_t* need) {
+void matmul_few_need(const CaseShape* s, int n_tokens, std::int64_t* need) {
   const WorkspaceNeed n = matmul_few_needs(shape_of(*s), n_tokens);
   need[0] = static_cast<std::int64_t>(n.sum_bytes);
   need[1] = static_cast<std::int64_t>(n.n_counters);
 }
 
-int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const void* x,
+int run_matmul_few(const CaseShape* s, const void* tiles, const void* scales, const void* x,
                    int n_tokens, int x_stride, void* y, int y_stride, int output, void* sums,
                    std::int64_t sum_bytes, void* counters, std::int64_t n_counters) {
   return caught([&] {
@@ -144,7 +132,7 @@ int run_matmul_few(const CShape* s, const void* tiles, const void* scales, const
 }
 
 struct CExperts {
-  CShape gate_up, down, shared_gate_up, shared_down;
+  CaseShape gate_up, down, shared_gate_up, shared_down;
   const void *router, *gate_up_table, *down_table;
   const void *shared_gate_up_tiles, *shared_gate_up_scales, *shared_down_tiles, *shared_down_scales;
   int router_stride, n_experts, top_k;

@@ -84,6 +84,13 @@ inline void wait_barrier(Barrier* barrier, unsigned parity,
   emulated::current->shown = false;
 }
 
+inline void wait_signal(Barrier* barrier, unsigned parity,
+                        emulated::Where where = emulated::Where::current()) {
+  const bool shown = emulated::current->shown;
+  wait_barrier(barrier, parity, where);
+  emulated::current->shown = shown;
+}
+
 // ---- products of a warpgroup ----
 
 inline void show_to_products() { emulated::current->shown = true; }

@@ -1,0 +1,51 @@
+// Shapes of matrices, and calls of attention, as tests hand them to C functions.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/tiles.h"
+#include "ops/attention.h"
+
+namespace camelid::cuda {
+
+struct CaseShape {
+  std::int32_t rows, inputs, entries, bits, scales, order;
+};
+
+inline TileShape shape_of(const CaseShape& s) {
+  return {s.rows,
+          s.inputs,
+          s.entries,
+          static_cast<Bits>(s.bits),
+          static_cast<Scales>(s.scales),
+          static_cast<RowOrder>(s.order)};
+}
+
+struct CaseAttention {
+  std::int32_t page_size, n_layers, n_kv_heads, head_dim, format;
+  std::int32_t kv_layer, n_heads, causal, multiprocessors;
+  std::int64_t q_stride, y_stride;
+};
+
+inline KvShape kv_shape_of(const CaseAttention& c) {
+  return {c.page_size, c.n_layers, c.n_kv_heads, c.head_dim, static_cast<KvFormat>(c.format)};
+}
+
+inline Attention attention_of(const CaseAttention& c, std::byte* pool, const AttentionItem* items,
+                              const std::int32_t* page_table, const std::uint16_t* q,
+                              std::uint16_t* y) {
+  Attention call;
+  call.pool = {pool, kv_shape_of(c)};
+  call.kv_layer = c.kv_layer;
+  call.n_heads = c.n_heads;
+  call.causal = c.causal != 0;
+  call.items = items;
+  call.page_table = page_table;
+  call.q = q;
+  call.q_stride = c.q_stride;
+  call.y = y;
+  call.y_stride = c.y_stride;
+  return call;
+}
+
+}  // namespace camelid::cuda
