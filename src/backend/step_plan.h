@@ -50,7 +50,7 @@ struct StepPlan {
   std::span<const std::int32_t> rows;    // what select_rows() selects
   KvPlan local;
   KvPlan global;
-  std::vector<float> query_scale;     // [n_tokens]: NoPE temperature, 1 where it is off
+  std::vector<float> query_scale;  // [n_tokens]: NoPE temperature, 1 where it is off
   // [rows], for find_top(): 1 / temperature of sampling, and where in 0 to 1 the token lies that is
   // drawn from the whole row, below 0 where none is to be.
   std::vector<float> sampling_scale;

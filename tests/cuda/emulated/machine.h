@@ -206,7 +206,7 @@ void emulated_seed(std::uint64_t seed);
 void emulated_multiprocessors(int count);
 void emulated_compute_capability(int capability);  // 90 unless told otherwise
 void emulated_shared_memory(int bytes);  // of a block at most: 227 KB unless told otherwise
-void emulated_recording(int works);  // 1 unless told otherwise
+void emulated_recording(int works);      // 1 unless told otherwise
 // What kernels' callers may take: 256 MB unless told otherwise. What was taken stays.
 void emulated_memory(std::size_t bytes);
 std::size_t emulated_memory_bytes();
