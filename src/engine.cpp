@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <mutex>
 #include <utility>
 
@@ -80,15 +81,16 @@ void Engine::finish_loading(std::size_t reserved_bytes) {
   prepared_bytes_ =
       backend_->prepare_steps(options_.max_step_tokens, config_.n_heads * config_.head_dim);
   const std::size_t workspace = workspace_bytes();
-  // Without a limit the cache may take what is free now and not planned for, less a tenth for
-  // everyone else.
-  std::size_t left = backend_->available_bytes() / 10 * 9;
-  std::size_t taken = reserved_bytes + workspace - prepared_bytes_;
+  const auto minus = [](std::size_t a, std::size_t b) { return a > b ? a - b : 0; };
+  // The cache may take what is free now and not planned for: without a limit less a tenth for
+  // everyone else, with one no more than that leaves.
+  const std::size_t planned = reserved_bytes + workspace - prepared_bytes_;
+  const std::size_t available = backend_->available_bytes();
+  std::size_t left = minus(available / 10 * 9, planned);
   if (options_.memory_bytes > 0) {
-    left = options_.memory_bytes;
-    taken = reserved_bytes + workspace + weight_bytes();
+    const std::size_t taken = weight_bytes() + workspace + reserved_bytes;
+    left = std::min(minus(options_.memory_bytes, taken), minus(available, planned));
   }
-  left = left > taken ? left - taken : 0;
   KvCacheOptions cache{options_.kv_cache, options_.page_size, left};
   auto made = std::make_unique<KvCache>(*backend_, config_, cache);
   const std::size_t least = made->bytes_for(1);

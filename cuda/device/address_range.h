@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "device/launch.cuh"
+#include "device/memory.h"
 
 namespace camelid::cuda {
 
@@ -147,10 +147,10 @@ class AddressRange {
     check_driver(result, "access");
   }
 
-  static void check_driver(CUresult result, const char* what) {
+  void check_driver(CUresult result, const char* what) const {
     if (result == CUDA_SUCCESS) return;
     if (result == CUDA_ERROR_OUT_OF_MEMORY) {
-      fail(ErrorCode::kCapacity, "[cuda] pages of the KV cache: the GPU's memory is full.");
+      fail_full(granule_, free_bytes());
     }
     if (result == CUDA_ERROR_NOT_SUPPORTED) {
       fail(ErrorCode::kUnsupported, "[cuda] this GPU or its driver has no virtual memory, which ",

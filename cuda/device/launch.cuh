@@ -131,15 +131,15 @@ int blocks_that_fit(void (*kernel)(Parameters...), int threads, std::size_t shar
   });
 }
 
-// Whether kernels may start before the one before has ended: from Hopper on, and with drivers that
-// can record it in a graph.
+// Whether kernels may start before the one before has ended: on Hopper, whose own code waits for
+// that (others run code for sm_80, which does not know how), with drivers that can record it.
 inline bool can_overlap() {
   static const bool recordable = [] {
     int driver = 0;
     check(cudaDriverGetVersion(&driver), "driver");
     return driver >= 12030;
   }();
-  return recordable && compute_capability() >= 90;
+  return recordable && compute_capability() == 90;
 }
 
 struct Launch {

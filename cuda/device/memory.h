@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "device/full.h"
+#include "device/gpu.h"
 #include "device/launch.cuh"
 
 namespace camelid::cuda {
@@ -30,7 +32,12 @@ inline std::atomic<std::uint64_t> n_allocations{0};
 inline DeviceMemory allocate_device(std::size_t bytes) {
   ++n_allocations;
   void* memory = nullptr;
-  check(cudaMalloc(&memory, bytes), "device memory");
+  const cudaError_t status = cudaMalloc(&memory, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // not sticky
+    fail_full(bytes, free_bytes());
+  }
+  check(status, "device memory");
   return DeviceMemory(static_cast<std::byte*>(memory));
 }
 

@@ -27,8 +27,7 @@ bool is_alike(const Matrix& a, const Matrix& b) {
                     : x.plain.rows == y.plain.rows && x.plain.inputs == y.plain.inputs;
 }
 bool is_alike(const Mlp& a, const Mlp& b) {
-  return is_alike(*a.gate_up, *b.gate_up) && is_alike(*a.down, *b.down) &&
-         only_segment(*a.gate_up).is_tiled == only_segment(*a.down).is_tiled;
+  return is_alike(*a.gate_up, *b.gate_up) && is_alike(*a.down, *b.down);
 }
 
 std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to - 1) / to * to; }
@@ -37,19 +36,19 @@ std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to 
 
 // Group 0 is the shared expert where has_shared, expert e the group after it or group e.
 struct FeedForward::Prepared {
-  bool is_tiled = false;
+  // The matrices of all groups, which are alike.
+  struct Side {
+    Segment like;
+    DeviceMemory groups;  // TilePointers, or pointers to plain rows
+  };
   bool has_shared = false;  // among the groups; else it is a matrix of another kind, by itself
   bool one_launch = false;  // experts_few takes them
   std::int32_t n_experts = 0;
   std::int32_t top_k = 1;
-  std::int64_t ffn_dim = 0;
-  DeviceMemory gate_up, down;  // TilePointers, or pointers to plain rows, of each group
-  Segment gate_up_like, down_like;
+  std::int64_t dim = 0, ffn_dim = 0;
+  Side gate_up, down;
   ExpertWeights few;
 
-  std::int64_t down_rows() const {
-    return is_tiled ? down_like.tiled.shape.rows : down_like.plain.rows;
-  }
   RouteShape route_shape(std::int64_t n_tokens) const {
     return {static_cast<std::int32_t>(n_tokens), n_experts, top_k, has_shared};
   }
@@ -69,12 +68,12 @@ DeviceMemory upload_table(const std::vector<const Mlp*>& groups, Uploader& uploa
   return memory;
 }
 
-DeviceMemory upload_pointers(const std::vector<const Mlp*>& groups, bool is_tiled, bool is_down,
+DeviceMemory upload_pointers(const std::vector<const Mlp*>& groups, bool is_down,
                              Uploader& uploader) {
   const auto segment = [=](const Mlp& mlp) -> const Segment& {
     return only_segment(is_down ? *mlp.down : *mlp.gate_up);
   };
-  if (is_tiled) {
+  if (segment(*groups.front()).is_tiled) {
     return upload_table<TilePointers>(groups, uploader,
                                       [&](const Mlp& mlp) { return segment(mlp).tiled.at; });
   }
@@ -103,32 +102,31 @@ void FeedForward::prepare(Experts& w, Uploader& uploader) {
   auto prepared = std::make_shared<Prepared>();
   Prepared& p = *prepared;
   const Mlp& first = w.routed.front();
-  p.is_tiled = only_segment(*first.gate_up).is_tiled;
   p.has_shared = is_alike(w.shared, first);
   p.n_experts = static_cast<std::int32_t>(w.routed.size());
   p.top_k = static_cast<std::int32_t>(w.top_k);
+  p.dim = first.down->out_dim;
   p.ffn_dim = first.down->in_dim;
-  p.gate_up_like = only_segment(*first.gate_up);
-  p.down_like = only_segment(*first.down);
   std::vector<const Mlp*> groups;
   if (p.has_shared) groups.push_back(&w.shared);
   for (const Mlp& mlp : w.routed) groups.push_back(&mlp);
-  p.gate_up = upload_pointers(groups, p.is_tiled, false, uploader);
-  p.down = upload_pointers(groups, p.is_tiled, true, uploader);
+  p.gate_up = {only_segment(*first.gate_up), upload_pointers(groups, false, uploader)};
+  p.down = {only_segment(*first.down), upload_pointers(groups, true, uploader)};
 
   const Segment& router = only_segment(*w.router);
-  const TileShape &up_shape = p.gate_up_like.tiled.shape, &down_shape = p.down_like.tiled.shape;
-  p.one_launch = p.is_tiled && !router.is_tiled && up_shape.bits == down_shape.bits &&
-                 up_shape.scales == down_shape.scales;
+  const Segment &up = p.gate_up.like, &down = p.down.like;
+  p.one_launch = up.is_tiled && down.is_tiled && !router.is_tiled &&
+                 up.tiled.shape.bits == down.tiled.shape.bits &&
+                 up.tiled.shape.scales == down.tiled.shape.scales;
   if (p.one_launch) {
     ExpertWeights& few = p.few;
     const int shared = p.has_shared ? 1 : 0;
     few.router = router.plain.at;
     few.router_stride = router.plain.stride;
-    few.gate_up = reinterpret_cast<const TilePointers*>(p.gate_up.get()) + shared;
-    few.down = reinterpret_cast<const TilePointers*>(p.down.get()) + shared;
-    few.gate_up_shape = p.gate_up_like.tiled.shape;
-    few.down_shape = p.down_like.tiled.shape;
+    few.gate_up = reinterpret_cast<const TilePointers*>(p.gate_up.groups.get()) + shared;
+    few.down = reinterpret_cast<const TilePointers*>(p.down.groups.get()) + shared;
+    few.gate_up_shape = up.tiled.shape;
+    few.down_shape = down.tiled.shape;
     if (p.has_shared) {
       few.shared_gate_up = only_segment(*w.shared.gate_up).tiled;
       few.shared_down = only_segment(*w.shared.down).tiled;
@@ -152,7 +150,7 @@ void FeedForward::prepare_steps(std::int64_t n_tokens) {
   for (const auto& layer : layers_) {
     const Visits visits = place_visits(n_tokens, *layer);
     activations(visits.shape.n_visits(), layer->ffn_dim);
-    if (layer->top_k > 1) visit_rows(visits, round_up(layer->down_rows(), 8));
+    if (layer->top_k > 1) visit_rows(visits, round_up(layer->dim, 8));
   }
 }
 
@@ -213,36 +211,67 @@ FeedForward::Visits FeedForward::route(const Tensor& x, const Experts& w,
   return visits;
 }
 
-// `up` and `down` say which matrices; the rest is the same whatever those are.
-template <class Product, class Run>
+void FeedForward::multiply(const Segment& like, const DeviceMemory& groups,
+                           const VisitProduct& product) {
+  const auto describe = [&](auto& call) {  // GroupedProduct and MatmulPlain have the same names
+    call.x = product.x;
+    call.x_stride = static_cast<decltype(call.x_stride)>(product.x_stride);
+    call.x_rows = product.x_rows;
+    call.y = product.y;
+    call.y_stride = static_cast<decltype(call.y_stride)>(product.y_stride);
+    call.y_rows = product.y_rows;
+    call.factors = product.factors;
+    call.output = product.output;
+    call.tiles = product.tiles;
+    call.first_tile = product.first_tile;
+    call.last_tile = product.last_tile;
+  };
+  if (like.is_tiled) {
+    GroupedProduct call;
+    describe(call);
+    call.shape = like.tiled.shape;
+    call.groups = reinterpret_cast<const TilePointers*>(groups.get());
+    call.n_visits = product.n_visits;
+    grouped_many(gpu_, call);
+    return;
+  }
+  MatmulPlain call;
+  describe(call);
+  call.rows = like.plain.rows;
+  call.inputs = like.plain.inputs;
+  call.w_stride = like.plain.stride;
+  call.groups = reinterpret_cast<const std::uint16_t* const*>(groups.get());
+  call.n_tokens = product.n_visits;
+  matmul_plain(call, gpu_.stream);
+}
+
 void FeedForward::run_visits(const Tensor& y, const Tensor& x, const Prepared& p,
-                             const Visits& visits, Product up, Product down, const Run& run) {
-  using Stride = decltype(up.x_stride);
+                             const Visits& visits) {
   const Routes& routes = visits.routes;
-  const std::int64_t n_visits = visits.shape.n_visits();
-  const Tensor act = activations(n_visits, p.ffn_dim);
-  up.x = static_cast<const std::uint16_t*>(x.data);
-  up.x_stride = static_cast<Stride>(x.row_stride);
-  up.x_rows = routes.token;
-  up.y = act.data;
-  up.y_stride = static_cast<Stride>(act.row_stride);
-  up.factors = routes.factor;
-  up.output = Output::kSwiGlu;
+  const Tensor act = activations(visits.shape.n_visits(), p.ffn_dim);
+  VisitProduct up;
+  up.n_visits = static_cast<std::int32_t>(visits.shape.n_visits());
   up.tiles = routes.tiles;
   up.first_tile = routes.tile_ends;
   up.last_tile = routes.tile_ends + 2;
-  run(up);
+  VisitProduct down = up;
+  up.x = static_cast<const std::uint16_t*>(x.data);
+  up.x_stride = x.row_stride;
+  up.x_rows = routes.token;
+  up.y = act.data;
+  up.y_stride = act.row_stride;
+  up.factors = routes.factor;
+  up.output = Output::kSwiGlu;
+  multiply(p.gate_up.like, p.gate_up.groups, up);
 
+  const auto multiply_down = [&] { multiply(p.down.like, p.down.groups, down); };
   down.x = static_cast<const std::uint16_t*>(act.data);
-  down.x_stride = static_cast<Stride>(act.row_stride);
-  down.y_stride = static_cast<Stride>(y.row_stride);
-  down.tiles = routes.tiles;
-  down.first_tile = routes.tile_ends;
-  down.last_tile = routes.tile_ends + 2;
+  down.x_stride = act.row_stride;
+  down.y_stride = y.row_stride;
   if (p.top_k > 1) {
     down.y = visit_rows(visits, y.row_stride);
     down.output = Output::kStore;
-    run(down);
+    multiply_down();
     combine(y, visits);
     return;
   }
@@ -251,38 +280,10 @@ void FeedForward::run_visits(const Tensor& y, const Tensor& x, const Prepared& p
   down.y_rows = routes.token;
   down.output = Output::kAdd;
   down.last_tile = routes.tile_ends + 1;
-  if (p.has_shared) run(down);
+  if (p.has_shared) multiply_down();
   down.first_tile = routes.tile_ends + 1;
   down.last_tile = routes.tile_ends + 2;
-  run(down);
-}
-
-void FeedForward::run_tiled(const Tensor& y, const Tensor& x, const Prepared& p,
-                            const Visits& visits) {
-  const auto product = [&](const Segment& like, const DeviceMemory& groups) {
-    GroupedProduct of;
-    of.shape = like.tiled.shape;
-    of.groups = reinterpret_cast<const TilePointers*>(groups.get());
-    of.n_visits = static_cast<std::int32_t>(visits.shape.n_visits());
-    return of;
-  };
-  run_visits(y, x, p, visits, product(p.gate_up_like, p.gate_up), product(p.down_like, p.down),
-             [&](const GroupedProduct& of) { grouped_many(gpu_, of); });
-}
-
-void FeedForward::run_plain(const Tensor& y, const Tensor& x, const Prepared& p,
-                            const Visits& visits) {
-  const auto product = [&](const Segment& like, const DeviceMemory& groups) {
-    MatmulPlain of;
-    of.rows = like.plain.rows;
-    of.inputs = like.plain.inputs;
-    of.w_stride = like.plain.stride;
-    of.groups = reinterpret_cast<const std::uint16_t* const*>(groups.get());
-    of.n_tokens = static_cast<std::int32_t>(visits.shape.n_visits());
-    return of;
-  };
-  run_visits(y, x, p, visits, product(p.gate_up_like, p.gate_up), product(p.down_like, p.down),
-             [&](const MatmulPlain& of) { matmul_plain(of, gpu_.stream); });
+  multiply_down();
 }
 
 void FeedForward::combine(const Tensor& y, const Visits& visits) {
@@ -303,8 +304,7 @@ void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w) {
     run_few(y, x, prepared);
     return;
   }
-  const Visits visits = route(x, w, prepared);
-  prepared.is_tiled ? run_tiled(y, x, prepared, visits) : run_plain(y, x, prepared, visits);
+  run_visits(y, x, prepared, route(x, w, prepared));
 }
 
 }  // namespace camelid::cuda

@@ -38,12 +38,24 @@ class FeedForward {
   Visits route(const Tensor& x, const Experts& w, const Prepared& prepared);
   Tensor activations(std::int64_t n_rows, std::int64_t dim);
   void run_few(const Tensor& y, const Tensor& x, const Prepared& prepared);
-  template <class Product, class Run>
-  void run_visits(const Tensor& y, const Tensor& x, const Prepared& p, const Visits& visits,
-                  Product up, Product down, const Run& run);
+  // One product of each visit with the matrix of its group.
+  struct VisitProduct {
+    const std::uint16_t* x = nullptr;  // and so on, as ops/grouped.h has them
+    std::int64_t x_stride = 0;
+    const std::int32_t* x_rows = nullptr;
+    void* y = nullptr;
+    std::int64_t y_stride = 0;
+    const std::int32_t* y_rows = nullptr;
+    const float* factors = nullptr;
+    Output output = Output::kStore;
+    std::int32_t n_visits = 0;
+    const TokenTile* tiles = nullptr;
+    const std::int32_t* first_tile = nullptr;
+    const std::int32_t* last_tile = nullptr;
+  };
+  void multiply(const Segment& like, const DeviceMemory& groups, const VisitProduct& product);
+  void run_visits(const Tensor& y, const Tensor& x, const Prepared& p, const Visits& visits);
   void combine(const Tensor& y, const Visits& visits);
-  void run_tiled(const Tensor& y, const Tensor& x, const Prepared& prepared, const Visits& visits);
-  void run_plain(const Tensor& y, const Tensor& x, const Prepared& prepared, const Visits& visits);
 
   Gpu gpu_;
   Products& products_;

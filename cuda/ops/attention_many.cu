@@ -123,7 +123,7 @@ struct Ring {
   // item's, and dimensions past the head's, become zeros.
   template <bool kWhole>
   __device__ void copy_rows(unsigned slot, const std::byte* from, int thread, int n_keys) const {
-    constexpr int kTogether = kWhole ? kEach : 2;
+    [[maybe_unused]] constexpr int kTogether = kWhole ? kEach : 2;
     const int piece = thread % kPieces, row = thread / kPieces;
     const std::int64_t place = now.page * call.page_bytes + now.slot * call.row_bytes;
     const int n_bytes = call.pool.shape.head_dim * (M::kScaled ? 1 : 2) - piece * 16;

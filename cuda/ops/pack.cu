@@ -70,7 +70,7 @@ __device__ float scale_at(const Part& part, const std::byte* scales, int group) 
 }
 
 // Of a row of the part: zero points of neighbouring rows share a word.
-__device__ float zero_at(const Part& part, Bits bits, const std::byte* zeros, int group, int row) {
+__device__ float zero_at(Bits bits, const std::byte* zeros, int group, int row) {
   const std::uint32_t word = reinterpret_cast<const std::uint32_t*>(zeros)[group];
   if (bits == Bits::k4)
     return static_cast<float>(static_cast<int>(word >> (row % 8 * 4) & 15u) - 8);
@@ -93,7 +93,7 @@ __device__ void pack_scale(const Piece& piece, std::int64_t i) {
     const int group = input / part.group;
     scale = scale_at(part, at + piece.scales_at, group);
     if (part.has_zeros) {
-      zero = zero_at(part, shape.bits, at + piece.zeros_at, group, row - part.first_row);
+      zero = zero_at(shape.bits, at + piece.zeros_at, group, row - part.first_row);
     }
   }
   std::byte* to = piece.scales + piece.first_tile * shape.row_tile_scale_bytes() +

@@ -93,7 +93,9 @@ def load(
     config = checkpoint.config
     device = options.device
     if device == "auto":
-        device = "cuda" if _core.cuda_available() else "cpu"
+        # What only the CPU does is no reason to refuse: nobody asked for the GPU.
+        for_cpu = options.compute == "exact" or options.kv_cache == "f32"
+        device = "cpu" if for_cpu or not _core.cuda_available() else "cuda"
     on_cpu = device == "cpu"
     plan = make_plan(checkpoint, options, on_gpu=not on_cpu)
     releaser = _Releaser(checkpoint)
@@ -118,11 +120,12 @@ def load(
         limit_bytes=limit,
         limit_is_wish=limit == options.memory,
         workspace_bytes=core.workspace_bytes(),
+        on_gpu=not on_cpu,
         cache_bytes=image_cache_bytes(config, options, 0) if on_cpu else 0,
     )
     _load_weights(core, checkpoint, releaser, progress=progress)
-    cache_bytes = image_cache_bytes(config, options, left)
     # Encoded images are held by the host: of another device's memory they take nothing.
+    cache_bytes = image_cache_bytes(config, options, left if on_cpu else _core.available_memory())
     core.finish_loading(reserved_bytes=cache_bytes if on_cpu else 0)
     return Loaded(core, config, plan, cache_bytes)
 

@@ -65,9 +65,15 @@ def make_plan(checkpoint: Checkpoint, options: LoadOptions, *, on_gpu: bool = Fa
 def _plan_for_gpu(report: Report, options: LoadOptions) -> LoadPlan:
     """Plan for tensor cores: they multiply bf16, so what is stored wider is held as bf16."""
     if options.compute == "exact":
-        raise Unsupported('[options] compute="exact" is for the CPU; a GPU multiplies bf16.')
+        raise Unsupported(
+            '[options] compute="exact" is for the CPU; a GPU multiplies bf16. Use device="cpu", or '
+            'compute="auto".'
+        )
     if options.kv_cache == "f32":
-        raise Unsupported('[options] kv_cache="f32" is for the CPU; a GPU takes bf16, fp8 or int8.')
+        raise Unsupported(
+            '[options] kv_cache="f32" is for the CPU; a GPU takes bf16, fp8 or int8. Use one of '
+            'them, or device="cpu".'
+        )
     plain = not any(part.quantised_bytes for part in report.parts.values())
     weights = "bf16" if plain and options.weights == "auto" else options.weights
     head = options.head
@@ -102,6 +108,7 @@ def require_fit(
     limit_is_wish: bool,
     workspace_bytes: int = 0,
     cache_bytes: int = 0,
+    on_gpu: bool = False,
 ) -> int:
     """Refuse weights that will not fit beside a workspace, a page of KV cache and `cache_bytes`.
 
@@ -115,7 +122,8 @@ def require_fit(
     others = workspace_bytes + page + cache_bytes
 
     def needed(plan: LoadPlan) -> int:
-        return inspect(checkpoint, weights=plan.weights, head=plan.head).loaded_bytes + others
+        report = inspect(checkpoint, weights=plan.weights, head=plan.head, on_gpu=on_gpu)
+        return report.loaded_bytes + others
 
     if needed(plan) <= limit_bytes:
         return limit_bytes - needed(plan)

@@ -46,6 +46,8 @@ _PLAIN_BITS = {"F32": 32, "F16": 16, "BF16": 16}
 # Of the packed layout, src/cpu/packed.h: rows in panels of 16, parts aligned to 64 bytes.
 _PANEL_ROWS = 16
 _ALIGN = 64
+# A GPU holds other groups than multiples of these as bf16, and plain weights no wider than that.
+_TILE_GROUP = 32
 
 
 @dataclass
@@ -129,7 +131,9 @@ class _Held:
         return self.group_size > 0
 
 
-def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "stored") -> Report:
+def inspect(
+    checkpoint: Checkpoint, *, weights: str = "auto", head: str = "stored", on_gpu: bool = False
+) -> Report:
     """Measure a checkpoint that `account` found complete, loaded with these `weights` and head."""
     config = checkpoint.config
     parts = {name: Part() for name in PARTS}
@@ -139,7 +143,7 @@ def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "store
             choice = "auto"
         if part == "head" and head == "int8" and not held.quantised:
             choice = "int8"
-        n_bytes = _packed_bytes(linear, held, choice)
+        n_bytes = _packed_bytes(linear, held, choice, on_gpu=on_gpu)
         parts[part].n_parameters += linear.out_dim * linear.in_dim
         parts[part].stored_bytes += held.stored_bytes
         parts[part].loaded_bytes += n_bytes
@@ -161,7 +165,7 @@ def inspect(checkpoint: Checkpoint, *, weights: str = "auto", head: str = "store
         choice = "bf16" if weights == "bf16" else "auto"
         for linear, _ in vision_linears(config.vision, config.dim):
             held = _held(checkpoint, linear)
-            n_bytes = _packed_bytes(linear, held, choice)
+            n_bytes = _packed_bytes(linear, held, choice, on_gpu=on_gpu)
             parts["vision"].loaded_bytes += n_bytes
             if choice == "auto" and held.quantised:
                 parts["vision"].quantised_bytes += n_bytes
@@ -255,8 +259,11 @@ def _held_fused(checkpoint: Checkpoint, layer: int, linear: Linear) -> _Held:
     return _Held(dtype, bits, linear.out_dim * linear.in_dim * bits // 8)
 
 
-def _packed_bytes(linear: Linear, held: _Held, weights: str) -> int:
-    """Return a linear's bytes in memory.  Source: src/model/weights.cpp and src/cpu/pack.cpp."""
+def _packed_bytes(linear: Linear, held: _Held, weights: str, *, on_gpu: bool) -> int:
+    """Return a linear's bytes in memory.
+
+    Source: src/model/weights.cpp, src/cpu/pack.cpp, cuda/host/matrix.cu.
+    """
     bits, group_size, scale_bytes, zero_points = (
         held.bits,
         held.group_size,
@@ -270,6 +277,8 @@ def _packed_bytes(linear: Linear, held: _Held, weights: str) -> int:
         bits, scale_bytes, zero_points = wanted, 2, False
         group_size = next((size for size in (128, 64, 32) if linear.in_dim % size == 0), 0)
         group_size = group_size or linear.in_dim
+    if on_gpu and (bits > 16 or (group_size % _TILE_GROUP and group_size < linear.in_dim)):
+        bits, group_size, zero_points = 16, 0, False
     n_rows = _round_up(linear.out_dim, _PANEL_ROWS)
     n_words = -(-linear.in_dim * bits // 32)
     total = _round_up(n_rows * n_words * 4, _ALIGN)

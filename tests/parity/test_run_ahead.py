@@ -14,7 +14,8 @@ import pytest
 import backends
 from camelid import _core
 from checkpoints import Weights
-from engines import SAMPLE, open_engine, open_greedy, step
+from engines import LOGITS, NOTHING, SAMPLE, open_engine, open_greedy, step
+from vision_variants import VISION_VARIANTS
 
 PAGE = 16
 
@@ -84,6 +85,62 @@ def test_a_page_that_was_taken_ahead_is_given_back(
     engine.close_sequence(sequence)
     assert engine.memory()["kv_used_bytes"] == before
     engine.check_invariants()
+
+
+def test_what_is_asked_for_may_change_between_steps_of_one_token(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    """Steps of as many tokens, of which none, one or two tell something; all logits of some."""
+    engine = open_engine(checkpoint("dense")[0], page_size=PAGE)
+    told = Told(engine, 2)
+    a, b = told.tokens
+    draw = np.random.default_rng(1)
+    for _ in range(3):
+        for output in (SAMPLE, NOTHING, LOGITS):
+            for _ in range(3):
+                parts = [(s, [int(draw.integers(0, 256))]) for s in (a, b)]
+                outputs = [output, draw.choice([SAMPLE, NOTHING])]
+                result = step(engine, parts, outputs)
+                for sequence, tokens in parts:
+                    told.tokens[sequence] += tokens
+                assert len(result.logits) == (1 if output == LOGITS else 0)
+        told.next |= told._step([(a, [1]), (b, [2])])
+        told.tokens[a].append(1)
+        told.tokens[b].append(2)
+        told.go_on([a, b])
+    told.check(n_layers=4)
+
+
+def test_all_logits_of_a_step_that_was_started_ahead(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    engine = open_engine(checkpoint("dense")[0], page_size=PAGE)
+    told = Told(engine, 1)
+    (a,) = told.tokens
+    for _ in range(3):
+        told.go_on([a])
+    token = told.next[a]
+    logits = step(engine, [(a, [token])], LOGITS).logits
+    assert logits.shape == (1, 271)
+    told.tokens[a].append(token)
+    wanted = step(engine, [(open_greedy(engine), told.tokens[a])]).logits[-1]
+    off = np.sqrt(np.mean((logits[0] - wanted) ** 2)) / wanted.std()
+    assert off <= backends.row_tolerance(n_layers=4)
+    told.check(n_layers=4)
+
+
+def test_an_image_is_encoded_while_a_step_is_ahead(tmp_path: Path) -> None:
+    (variant,) = (v for v in VISION_VARIANTS if v.name == "shuffle_1")
+    variant.write(tmp_path)
+    engine = open_engine(tmp_path, page_size=PAGE)
+    alone, beside = Told(engine, 2), Told(engine, 2)
+    for told in (alone, beside):
+        for _ in range(4):
+            told.go_on(list(told.tokens))
+            if told is beside:
+                engine.encode_image(variant.pixels())
+    assert list(alone.tokens.values()) == list(beside.tokens.values())
+    assert list(alone.next.values()) == list(beside.next.values())
 
 
 def test_steps_that_cannot_be_recorded_run_all_the_same(

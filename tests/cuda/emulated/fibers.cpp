@@ -1,6 +1,7 @@
 // The emulated GPU: runs the fibers of a grid in an order that a seed chooses, lets them meet, and
 // says who waits where when nothing can go on. It knows nothing of what kernels compute.
 
+#include "device/full.h"
 #include "machine.h"
 #include "stream_work.h"
 
@@ -517,7 +518,7 @@ void fail_here(const Where& where, const std::string& message) {
 bool can_record() { return machine.can_record; }
 
 void take_bytes(std::size_t bytes) {
-  if (bytes > free_bytes()) fail(ErrorCode::kCapacity, "[cuda] device memory: out of memory.");
+  if (bytes > free_bytes()) fail_full(bytes, free_bytes());
   machine.taken_bytes += bytes;
 }
 void give_bytes(std::size_t bytes) { machine.taken_bytes -= bytes; }
