@@ -155,6 +155,17 @@ def emulate(*, capability: int) -> Iterator[None]:
         library.emulated_compute_capability(90)
 
 
+def arrange(seed: int) -> None:
+    """Choose whether copies and work of an emulated GPU come early, late or mixed.
+
+    Threads go in order: tests/cuda/ has kernels go in others.
+    """
+    if is_emulated():
+        library = _emulator()
+        library.emulated_in_order(1)
+        library.emulated_seed(seed)
+
+
 @contextlib.contextmanager
 def without_recordings() -> Iterator[None]:
     """Let the emulated GPU's driver fail to repeat what it recorded."""
@@ -185,6 +196,7 @@ def taken_bytes() -> int:
 
 def _emulator() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_core))
+    library.emulated_seed.argtypes = [ctypes.c_uint64]
     library.emulated_memory.argtypes = [ctypes.c_size_t]
     library.emulated_memory_bytes.restype = ctypes.c_size_t
     library.emulated_taken_bytes.restype = ctypes.c_size_t

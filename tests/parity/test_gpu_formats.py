@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from backends import quick
 from checkpoints import Quantization, write_checkpoint
 from engines import logits_in_pieces, open_engine
 from judge import Judge
@@ -31,8 +32,13 @@ CASES: dict[str, tuple[dict[str, Any], Quantization]] = {
 
 
 @pytest.mark.gpu_only("the CPU holds each linear by itself")
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "top_k"),
+    quick(
+        [(case, top_k) for case in CASES for top_k in (1, 2)],
+        [("plain down", 1), ("plain gate and up", 2), ("plain shared expert", 1)],
+    ),
+)
 def test_experts_in_all_formats(tmp_path: Path, case: str, top_k: int) -> None:
     base = {**next(v for v in VARIANTS if v.name == "scout_like").config, "num_hidden_layers": 2}
     config, quantization = CASES[case]

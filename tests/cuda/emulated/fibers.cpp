@@ -49,6 +49,7 @@ struct Machine {
   int compute_capability = 90;
   std::size_t most_shared_bytes = 227 * 1024;  // of a block
   std::uint64_t seed = 0;
+  bool always_in_order = false;
   std::mt19937 random;
 
   // Of the grid that runs.
@@ -71,7 +72,7 @@ struct Machine {
   std::string error;
 } machine;
 
-bool in_order() { return machine.seed == 0; }
+bool in_order() { return machine.seed == 0 || machine.always_in_order; }
 std::size_t below(std::size_t n) { return machine.random() % n; }
 bool chance(double probability) {
   return static_cast<double>(machine.random()) < probability * 4294967296.0;
@@ -553,6 +554,8 @@ void emulated_seed(std::uint64_t seed) {
   machine.seed = seed;
   machine.random.seed(static_cast<std::uint32_t>(seed));
 }
+
+void emulated_in_order(int always) { machine.always_in_order = always != 0; }
 
 void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
 void emulated_compute_capability(int capability) { machine.compute_capability = capability; }

@@ -203,6 +203,7 @@ const char* device_error();
 // 0: threads and blocks in order. Otherwise another order for each seed. Copies are executed as
 // late as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
 void emulated_seed(std::uint64_t seed);
+void emulated_in_order(int always);  // threads whatever the seed: several times as fast
 void emulated_multiprocessors(int count);
 void emulated_compute_capability(int capability);  // 90 unless told otherwise
 void emulated_shared_memory(int bytes);  // of a block at most: 227 KB unless told otherwise
