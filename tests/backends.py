@@ -194,10 +194,16 @@ def taken_bytes() -> int:
     return _emulator().emulated_taken_bytes()
 
 
+def n_downloads() -> int:
+    """Return how often something was copied from the emulated GPU to the host."""
+    return _emulator().emulated_downloads()
+
+
 def _emulator() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_core))
     library.emulated_seed.argtypes = [ctypes.c_uint64]
     library.emulated_memory.argtypes = [ctypes.c_size_t]
     library.emulated_memory_bytes.restype = ctypes.c_size_t
     library.emulated_taken_bytes.restype = ctypes.c_size_t
+    library.emulated_downloads.restype = ctypes.c_size_t
     return library

@@ -129,6 +129,21 @@ def test_all_logits_of_a_step_that_was_started_ahead(
     told.check(n_layers=4)
 
 
+def test_many_parts_of_a_prompt_are_under_way_at_once(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    """Of a step that tells nothing nobody waits for the chunks; what each needs stays its own."""
+    backends.arrange(3)  # all as late as may be
+    engine = open_engine(checkpoint("scout_like")[0], page_size=PAGE)
+    prompt = np.random.default_rng(2).integers(0, 256, 180).tolist()
+    sequence = open_greedy(engine)
+    step(engine, [(sequence, prompt)], NOTHING)
+    got = step(engine, [(sequence, [7])]).logits[-1]
+    wanted = step(engine, [(open_greedy(engine), [*prompt, 7])]).logits[-1]
+    off = np.sqrt(np.mean((got - wanted) ** 2)) / wanted.std()
+    assert off <= backends.row_tolerance(n_layers=5)
+
+
 def test_an_image_is_encoded_while_a_step_is_ahead(tmp_path: Path) -> None:
     (variant,) = (v for v in VISION_VARIANTS if v.name == "shuffle_1")
     variant.write(tmp_path)

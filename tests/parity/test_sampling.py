@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import backends
 from camelid import _core
 from camelid._core import testing
 from checkpoints import Weights
@@ -51,3 +52,30 @@ def test_tokens_are_drawn_as_from_whole_rows(
         assert got.logprob == pytest.approx(expected.logprob, abs=1e-4)
         assert [token for token, _ in got.top] == [token for token, _ in expected.top]
         tokens = [got.token]
+
+
+ON_DEVICE: list[dict[str, Any]] = [
+    {"temperature": 0.0, "n_logprobs": 5},
+    {"temperature": 1.0, "n_logprobs": 0},
+    {"temperature": 0.6, "top_p": 0.5},
+    {"temperature": 1.2, "top_k": 50},
+    {"temperature": 0.0, "repetition_penalty": 1.1, "banned": [3]},
+]
+
+
+@pytest.mark.gpu_only("the host sees the CPU's logits anyway")
+def test_a_step_of_decoding_downloads_once(
+    checkpoint: Callable[[str], tuple[Path, Weights]],
+) -> None:
+    """Whatever sequences want of their logits, the host asks for none of the rows themselves."""
+    if not backends.is_emulated():
+        pytest.skip("of an emulated GPU: it counts")
+    engine = open_engine(checkpoint("dense")[0])
+    sequences = [engine.open_sequence(_core.SamplerParams(seed=3, **one)) for one in ON_DEVICE]
+    step(engine, [(sequence, [5, 6, 7]) for sequence in sequences], SAMPLE)
+    tokens = [9] * len(sequences)
+    for _ in range(6):
+        before = backends.n_downloads()
+        sampled = step(engine, list(zip(sequences, [[t] for t in tokens], strict=True)), SAMPLE)
+        assert backends.n_downloads() == before + 1
+        tokens = [one.token for one in sampled.sampled]

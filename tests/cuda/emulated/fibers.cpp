@@ -46,6 +46,7 @@ struct Machine {
   std::size_t memory_bytes = std::size_t{1} << 28;
   std::size_t taken_bytes = 0;
   bool can_record = true;
+  std::size_t n_downloads = 0;
   int compute_capability = 90;
   std::size_t most_shared_bytes = 227 * 1024;  // of a block
   std::uint64_t seed = 0;
@@ -516,6 +517,8 @@ void fail_here(const Where& where, const std::string& message) {
   fail_launch(place(where), ": ", message);
 }
 
+void count_download() { ++machine.n_downloads; }
+
 bool can_record() { return machine.can_record; }
 
 void take_bytes(std::size_t bytes) {
@@ -567,6 +570,7 @@ void emulated_recording(int works) { machine.can_record = works != 0; }
 
 void emulated_memory(std::size_t bytes) { machine.memory_bytes = bytes; }
 std::size_t emulated_memory_bytes() { return machine.memory_bytes; }
+std::size_t emulated_downloads() { return machine.n_downloads; }
 std::size_t emulated_taken_bytes() { return machine.taken_bytes; }
 
 void* device_alloc(std::size_t bytes) {

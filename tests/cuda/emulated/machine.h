@@ -185,6 +185,8 @@ void tell(const unsigned* flag, Fiber& fiber);
 std::string place(const Where& where);
 [[noreturn]] void fail_here(const Where& where, const std::string& message);
 
+void count_download();  // a copy to the host
+
 // Of the device's memory, as tests of what happens when it is full set it. Throws kCapacity.
 void take_bytes(std::size_t bytes);
 void give_bytes(std::size_t bytes);
@@ -212,6 +214,7 @@ void emulated_recording(int works);      // 1 unless told otherwise
 void emulated_memory(std::size_t bytes);
 std::size_t emulated_memory_bytes();
 std::size_t emulated_taken_bytes();
+std::size_t emulated_downloads();       // copies to the host, since the start
 void* device_alloc(std::size_t bytes);  // counts as nothing
 int device_free(void* memory);
 int device_copy(void* to, const void* from, std::size_t bytes);

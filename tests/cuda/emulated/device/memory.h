@@ -44,6 +44,7 @@ inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t b
 
 inline void copy_to_host(std::byte* pinned, const std::byte* from, std::size_t bytes,
                          cudaStream_t) {
+  emulated::count_download();
   emulated::submit([=] { std::memcpy(pinned, from, bytes); }, true);
 }
 
