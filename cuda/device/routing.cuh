@@ -4,22 +4,23 @@
 #pragma once
 
 #include "device/ptx.cuh"
+#include "layout/experts.h"
 
 namespace camelid::cuda {
 
-constexpr int kMaxRoutedExperts = 256;
-constexpr int kMaxRoutedVisits = 512;  // tokens times top_k
+constexpr int kMaxRoutedTokens = 64;
+constexpr int kMaxRoutedVisits = kMaxRoutedTokens * kMaxTopK;
 
 // Visits are numbered in the order of experts, and for one expert in the order of tokens.
 struct Routing {
-  int n_hit;                          // experts that are visited at all
-  int hit[kMaxRoutedExperts];         // which, in order
-  int starts[kMaxRoutedExperts + 1];  // of the hit experts' visits; then the number of visits
-  int token[kMaxRoutedVisits];        // of a visit
-  float factor[kMaxRoutedVisits];     // of a visit: the sigmoid of its logit
-  int place[kMaxRoutedVisits];        // token * top_k + j -> its visit; by expert, ascending
-  int count[kMaxRoutedExperts];       // while sorting: visits of each expert
-  int chosen[kMaxRoutedVisits];       // while sorting: token * top_k + j -> expert
+  int n_hit;                       // experts that are visited at all
+  int hit[kMaxExperts];            // which, in order
+  int starts[kMaxExperts + 1];     // of the hit experts' visits; then the number of visits
+  int token[kMaxRoutedVisits];     // of a visit
+  float factor[kMaxRoutedVisits];  // of a visit: the sigmoid of its logit
+  int place[kMaxRoutedVisits];     // token * top_k + j -> its visit; by expert, ascending
+  int count[kMaxExperts];          // while sorting: visits of each expert
+  int chosen[kMaxRoutedVisits];    // while sorting: token * top_k + j -> expert
   float chosen_factor[kMaxRoutedVisits];
 };
 

@@ -6,6 +6,8 @@
 // depend on nothing, those of the routed ones on the router alone.
 #include "ops/experts_few.h"
 
+#include <algorithm>
+
 #include "device/routing.cuh"
 #include "device/stream.cuh"
 #include "ops/stream_launch.cuh"
@@ -270,19 +272,18 @@ void check_call(const ExpertsFew& call) {
     require(shared.inputs == dim && same_tiles(shared, w.gate_up_shape), kName,
             "the shared expert has the dim and the kind of the routed ones");
   }
-  if (w.n_experts < 1 || w.n_experts > kMaxRoutedExperts || w.top_k < 1 || w.top_k > w.n_experts ||
-      call.n_tokens < 0 || call.n_tokens > experts_few_limit(w)) {
+  if (w.n_experts < 1 || w.n_experts > kMaxExperts || w.top_k < 1 || w.top_k > w.n_experts ||
+      w.top_k > kMaxTopK || call.n_tokens < 0 || call.n_tokens > experts_few_limit(w)) {
     fail(ErrorCode::kInternal, "[cuda] ", kName, ": ", w.n_experts, " experts, top ", w.top_k, ", ",
-         call.n_tokens, " tokens; wanted are at most ", kMaxRoutedExperts, " experts, at most ",
-         experts_few_limit(w), " tokens.");
+         call.n_tokens, " tokens; wanted are at most ", kMaxExperts, " experts, top ", kMaxTopK,
+         ", at most ", experts_few_limit(w), " tokens.");
   }
 }
 
 }  // namespace
 
 int experts_few_limit(const ExpertWeights& w) {
-  const int tokens = most_tokens_at_once<Header>(w.gate_up_shape);
-  return tokens * w.top_k <= kMaxRoutedVisits ? tokens : kMaxRoutedVisits / w.top_k;
+  return std::min(most_tokens_at_once<Header>(w.gate_up_shape), kMaxRoutedTokens);
 }
 
 WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens) {

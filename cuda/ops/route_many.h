@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "layout/experts.h"
 #include "ops/grouped.h"
 
 namespace camelid::cuda {
@@ -42,8 +43,6 @@ struct Routes {
 };
 
 constexpr int kRouteTokens = 128;
-constexpr int kMaxExperts = 256;
-constexpr int kMaxTopK = 8;
 
 // How much device memory routes take, and where in it (aligned to 16 bytes) they lie.
 std::size_t routes_bytes(const RouteShape& shape);
