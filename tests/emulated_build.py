@@ -198,7 +198,7 @@ def _compile_all(sources: Iterable[str], *, watch: bool, flags: tuple[str, ...] 
     kernels = [*common, *WATCH] if watch else common
     # The emulator first: of inline functions that both have, the linker keeps the first, and the
     # emulator's own must not report to itself.
-    objects = [_compile(common, EMULATOR / "fibers.cpp")]
+    objects = [_compile(common, EMULATOR / name) for name in ("fibers.cpp", "settings.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects += pool.map(functools.partial(_compile, kernels), map(ROOT.joinpath, sources))
     return objects

@@ -36,7 +36,8 @@ struct ExpertsFew {
 };
 
 // The most tokens one launch takes: 64 of INT4 without zero points on a GPU whose blocks may have
-// 163 KB of shared memory, else 32. More go through ops/route_many.h and ops/grouped.h (host/feed_forward.cu).
+// 163 KB of shared memory, else 32. More go through ops/route_many.h and ops/grouped.h
+// (host/feed_forward.cu).
 int experts_few_limit(const ExpertWeights& w);
 // Of calls of up to n_tokens, on this GPU.
 WorkspaceNeed experts_few_needs(const ExpertWeights& w, int n_tokens);

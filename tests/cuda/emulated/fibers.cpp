@@ -1,7 +1,6 @@
 // The emulated GPU: runs the fibers of a grid in an order that a seed chooses, lets them meet, and
 // says who waits where when nothing can go on. It knows nothing of what kernels compute.
 
-#include "device/full.h"
 #include "machine.h"
 #include "stream_work.h"
 
@@ -42,13 +41,6 @@ constexpr std::int64_t kPatience = 1000;
 enum class Copies { kLate, kEarly, kRandom };
 
 struct Machine {
-  int n_multiprocessors = 5;
-  std::size_t memory_bytes = std::size_t{1} << 28;
-  std::size_t taken_bytes = 0;
-  bool can_record = true;
-  std::size_t n_downloads = 0;
-  int compute_capability = 90;
-  std::size_t most_shared_bytes = 227 * 1024;  // of a block
   std::uint64_t seed = 0;
   bool always_in_order = false;
   std::mt19937 random;
@@ -283,12 +275,12 @@ void run_blocks(const std::vector<int>& indices) {
 void check_limits() {
   if (grid.blocks < 1) fail_launch(grid.blocks, " blocks");
   if (grid.threads < 1 || grid.threads > kMaxThreads) fail_launch(grid.threads, " threads");
-  if (grid.shared_bytes > machine.most_shared_bytes) {
+  if (grid.shared_bytes > settings.most_shared_bytes) {
     fail_launch(grid.shared_bytes, " bytes of shared memory, a block has ",
-                machine.most_shared_bytes);
+                settings.most_shared_bytes);
   }
   const int fit =
-      machine.n_multiprocessors * blocks_per_multiprocessor(grid.threads, grid.shared_bytes);
+      settings.n_multiprocessors * blocks_per_multiprocessor(grid.threads, grid.shared_bytes);
   if (grid.together && grid.blocks > fit) {
     fail_launch(grid.blocks, " blocks together, but only ", fit, " fit");
   }
@@ -517,26 +509,9 @@ void fail_here(const Where& where, const std::string& message) {
   fail_launch(place(where), ": ", message);
 }
 
-void count_download() { ++machine.n_downloads; }
-
-bool can_record() { return machine.can_record; }
-
-void take_bytes(std::size_t bytes) {
-  if (bytes > free_bytes()) fail_full(bytes, free_bytes());
-  machine.taken_bytes += bytes;
-}
-void give_bytes(std::size_t bytes) { machine.taken_bytes -= bytes; }
-std::size_t free_bytes() {
-  return machine.memory_bytes - std::min(machine.memory_bytes, machine.taken_bytes);
-}
-
-int multiprocessors() { return machine.n_multiprocessors; }
-int compute_capability() { return machine.compute_capability; }
-std::size_t shared_memory_limit() { return machine.most_shared_bytes; }
-
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes) {
   const std::size_t by_shared =
-      (machine.most_shared_bytes + kSharedOfSystem) / (shared_bytes + kSharedOfSystem);
+      (settings.most_shared_bytes + kSharedOfSystem) / (shared_bytes + kSharedOfSystem);
   return std::min(
       {kThreadsPerMultiprocessor / threads, kBlocksPerMultiprocessor, static_cast<int>(by_shared)});
 }
@@ -559,19 +534,6 @@ void emulated_seed(std::uint64_t seed) {
 }
 
 void emulated_in_order(int always) { machine.always_in_order = always != 0; }
-
-void emulated_multiprocessors(int count) { machine.n_multiprocessors = count; }
-void emulated_compute_capability(int capability) { machine.compute_capability = capability; }
-void emulated_shared_memory(int bytes) {
-  machine.most_shared_bytes = static_cast<std::size_t>(bytes);
-}
-
-void emulated_recording(int works) { machine.can_record = works != 0; }
-
-void emulated_memory(std::size_t bytes) { machine.memory_bytes = bytes; }
-std::size_t emulated_memory_bytes() { return machine.memory_bytes; }
-std::size_t emulated_downloads() { return machine.n_downloads; }
-std::size_t emulated_taken_bytes() { return machine.taken_bytes; }
 
 void* device_alloc(std::size_t bytes) {
   GuardedBytes memory("device memory", bytes, kDeviceGuard);

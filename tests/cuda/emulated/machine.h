@@ -13,6 +13,7 @@
 
 #include "context.h"
 #include "guarded.h"
+#include "settings.h"
 
 namespace camelid::cuda::emulated {
 
@@ -143,7 +144,6 @@ std::int64_t n_submitted();
 using Record = std::vector<std::pair<std::function<void()>, bool>>;
 void start_recording();
 Record finish_recording();
-bool can_record();  // as tests of what happens where a driver cannot set it
 void replay(const Record& record);
 void finish_work(std::int64_t n);  // the first n that were ever submitted
 
@@ -185,16 +185,6 @@ void tell(const unsigned* flag, Fiber& fiber);
 std::string place(const Where& where);
 [[noreturn]] void fail_here(const Where& where, const std::string& message);
 
-void count_download();  // a copy to the host
-
-// Of the device's memory, as tests of what happens when it is full set it. Throws kCapacity.
-void take_bytes(std::size_t bytes);
-void give_bytes(std::size_t bytes);
-std::size_t free_bytes();
-
-int multiprocessors();
-int compute_capability();
-std::size_t shared_memory_limit();
 int blocks_per_multiprocessor(int threads, std::size_t shared_bytes);
 
 }  // namespace camelid::cuda::emulated
@@ -205,16 +195,7 @@ const char* device_error();
 // 0: threads and blocks in order. Otherwise another order for each seed. Copies are executed as
 // late as allowed, at once, or one or the other at random, for seed % 3 = 0, 1, 2.
 void emulated_seed(std::uint64_t seed);
-void emulated_in_order(int always);  // threads whatever the seed: several times as fast
-void emulated_multiprocessors(int count);
-void emulated_compute_capability(int capability);  // 90 unless told otherwise
-void emulated_shared_memory(int bytes);  // of a block at most: 227 KB unless told otherwise
-void emulated_recording(int works);      // 1 unless told otherwise
-// What kernels' callers may take: 256 MB unless told otherwise. What was taken stays.
-void emulated_memory(std::size_t bytes);
-std::size_t emulated_memory_bytes();
-std::size_t emulated_taken_bytes();
-std::size_t emulated_downloads();       // copies to the host, since the start
+void emulated_in_order(int always);     // threads whatever the seed: several times as fast
 void* device_alloc(std::size_t bytes);  // counts as nothing
 int device_free(void* memory);
 int device_copy(void* to, const void* from, std::size_t bytes);
