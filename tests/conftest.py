@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 import backends
@@ -17,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where a shell starts tests in the background Ctrl-C is ignored, and tests of it would hang.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         backends.select(config.getoption("--device"))
     except pytest.skip.Exception as missing:  # of a test that needs the emulator; here it is all

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant
 
 void scatter(const Pieces& pieces, cudaStream_t stream) {
   std::int64_t n_words = 0;
-  for (int i = 0; i < pieces.n; ++i) n_words += pieces.pieces[i].n_words;
+  for (int i = 0; i < pieces.n && i < Pieces::kMost; ++i) n_words += pieces.pieces[i].n_words;
   if (n_words == 0) return;
   if (pieces.n > Pieces::kMost || n_words > std::int64_t{1} << 30) {
     fail(ErrorCode::kInternal, "[cuda] scatter: ", pieces.n, " pieces of ", n_words,

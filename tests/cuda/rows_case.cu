@@ -1,7 +1,10 @@
 // C functions over what works row by row and over the best logits, for tests.
+#include <cstring>
+
 #include "case.h"
 #include "layout/e4m3.h"
 #include "ops/rows.h"
+#include "ops/scatter.h"
 #include "ops/store_kv.h"
 #include "ops/top_logits.h"
 
@@ -144,6 +147,27 @@ int case_draw(void* out, const float* logits, std::int64_t stride, const float* 
   return caught([&] {
     top_logits(static_cast<TopLogits*>(out), logits, stride, {factors, uniforms}, n_rows, vocab,
                scratch, counters, stream);
+  });
+}
+
+// ---- what the host knows of a step ----
+
+// n pieces of the host's memory, one after the other, to where each belongs on the device.
+int case_scatter(const std::byte* from, std::byte* const* to, const std::int32_t* n_words,
+                 std::int32_t n) {
+  return caught([&] {
+    Pieces pieces;
+    pieces.n = n;
+    std::size_t bytes = 0;
+    for (std::int32_t i = 0; i < n && i < Pieces::kMost; ++i) {
+      pieces.pieces[i] = {to[i], n_words[i]};
+      bytes += static_cast<std::size_t>(n_words[i]) * Pieces::kBytes;
+    }
+    const PinnedMemory pinned = allocate_pinned(bytes + Pieces::kBytes);
+    std::memcpy(pinned.get(), from, bytes);
+    pieces.from = pinned.get();
+    scatter(pieces, stream);
+    finish(stream);
   });
 }
 
