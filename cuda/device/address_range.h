@@ -99,7 +99,7 @@ class AddressRange {
       if (backing_[i].is_there) continue;
       std::size_t end = i;
       try {
-        while (end < last && !backing_[end].is_there) map(end++);
+        for (; end < last && !backing_[end].is_there; ++end) map(end);
       } catch (...) {
         allow_access(i, end);
         throw;
