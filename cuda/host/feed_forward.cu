@@ -212,49 +212,43 @@ FeedForward::Visits FeedForward::route(const Tensor& x, const Experts& w,
 }
 
 void FeedForward::multiply(const Segment& like, const DeviceMemory& groups,
-                           const VisitProduct& product) {
-  const auto describe = [&](auto& call) {  // GroupedProduct and MatmulPlain have the same names
-    call.x = product.x;
-    call.x_stride = static_cast<decltype(call.x_stride)>(product.x_stride);
-    call.x_rows = product.x_rows;
-    call.y = product.y;
-    call.y_stride = static_cast<decltype(call.y_stride)>(product.y_stride);
-    call.y_rows = product.y_rows;
-    call.factors = product.factors;
-    call.output = product.output;
-    call.tiles = product.tiles;
-    call.first_tile = product.first_tile;
-    call.last_tile = product.last_tile;
-  };
+                           GroupedProduct product) {
   if (like.is_tiled) {
-    GroupedProduct call;
-    describe(call);
-    call.shape = like.tiled.shape;
-    call.groups = reinterpret_cast<const TilePointers*>(groups.get());
-    call.n_visits = product.n_visits;
-    grouped_many(gpu_, call);
+    product.shape = like.tiled.shape;
+    product.groups = reinterpret_cast<const TilePointers*>(groups.get());
+    grouped_many(gpu_, product);
     return;
   }
-  MatmulPlain call;
-  describe(call);
-  call.rows = like.plain.rows;
-  call.inputs = like.plain.inputs;
-  call.w_stride = like.plain.stride;
-  call.groups = reinterpret_cast<const std::uint16_t* const*>(groups.get());
-  call.n_tokens = product.n_visits;
-  matmul_plain(call, gpu_.stream);
+  MatmulPlain plain;
+  plain.rows = like.plain.rows;
+  plain.inputs = like.plain.inputs;
+  plain.w_stride = like.plain.stride;
+  plain.groups = reinterpret_cast<const std::uint16_t* const*>(groups.get());
+  plain.n_tokens = product.n_visits;
+  plain.x = product.x;
+  plain.x_stride = static_cast<std::int32_t>(product.x_stride);
+  plain.x_rows = product.x_rows;
+  plain.y = product.y;
+  plain.y_stride = static_cast<std::int32_t>(product.y_stride);
+  plain.y_rows = product.y_rows;
+  plain.factors = product.factors;
+  plain.output = product.output;
+  plain.tiles = product.tiles;
+  plain.first_tile = product.first_tile;
+  plain.last_tile = product.last_tile;
+  matmul_plain(plain, gpu_.stream);
 }
 
 void FeedForward::run_visits(const Tensor& y, const Tensor& x, const Prepared& p,
                              const Visits& visits) {
   const Routes& routes = visits.routes;
   const Tensor act = activations(visits.shape.n_visits(), p.ffn_dim);
-  VisitProduct up;
+  GroupedProduct up;
   up.n_visits = static_cast<std::int32_t>(visits.shape.n_visits());
   up.tiles = routes.tiles;
   up.first_tile = routes.tile_ends;
   up.last_tile = routes.tile_ends + 2;
-  VisitProduct down = up;
+  GroupedProduct down = up;
   up.x = static_cast<const std::uint16_t*>(x.data);
   up.x_stride = x.row_stride;
   up.x_rows = routes.token;

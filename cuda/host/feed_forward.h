@@ -38,22 +38,8 @@ class FeedForward {
   Visits route(const Tensor& x, const Experts& w, const Prepared& prepared);
   Tensor activations(std::int64_t n_rows, std::int64_t dim);
   void run_few(const Tensor& y, const Tensor& x, const Prepared& prepared);
-  // One product of each visit with the matrix of its group.
-  struct VisitProduct {
-    const std::uint16_t* x = nullptr;  // and so on, as ops/grouped.h has them
-    std::int64_t x_stride = 0;
-    const std::int32_t* x_rows = nullptr;
-    void* y = nullptr;
-    std::int64_t y_stride = 0;
-    const std::int32_t* y_rows = nullptr;
-    const float* factors = nullptr;
-    Output output = Output::kStore;
-    std::int32_t n_visits = 0;
-    const TokenTile* tiles = nullptr;
-    const std::int32_t* first_tile = nullptr;
-    const std::int32_t* last_tile = nullptr;
-  };
-  void multiply(const Segment& like, const DeviceMemory& groups, const VisitProduct& product);
+  // The product of each visit with the matrix of its group; `product` says all but the matrices.
+  void multiply(const Segment& like, const DeviceMemory& groups, GroupedProduct product);
   void run_visits(const Tensor& y, const Tensor& x, const Prepared& p, const Visits& visits);
   void combine(const Tensor& y, const Visits& visits);
 

@@ -74,7 +74,7 @@ class CpuBackend final : public Backend {
   }
 
   void prepare(Experts&) override {}
-  // What it needs grows with use: pages that nobody touches cost nothing.
+  // Its own scratch grows with use and is not counted.
   std::size_t prepare_steps(std::int64_t, std::int64_t) override { return 0; }
   std::unique_ptr<Clock> make_clock() override { return std::make_unique<HostClock>(); }
 

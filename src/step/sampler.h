@@ -72,8 +72,8 @@ class Sampler {
   // What lies beyond the logits that draw() sees.
   struct Rest {
     float most = 0.0f;  // no logit there is above
-    double total =
-        0.0;  // of all weights e^((logit - best) / temperature), seen ones too; 0: unknown
+    // Of all weights e^((logit - best) / temperature), seen ones too; 0 where it is not known.
+    double total = 0.0;
   };
   // The index of the token drawn; -1 where that depends on `rest`. Works in place.
   std::int32_t draw(std::span<float> logits, const Rest* rest) const;
