@@ -247,6 +247,20 @@ def test_one_step_over_many_chunks_never_holds_two(checkpoint: Checkpoint) -> No
 
 
 @pytest.mark.slow_emulated
+def test_all_logits_of_a_prompt_too_long_for_one_wave(checkpoint: Checkpoint) -> None:
+    """More rows than the logits of one wave, beside a sequence that only samples."""
+    folder, weights = checkpoint("no_chunk")
+    engine = open_engine(folder, page_size=PAGE)
+    prompt, beside = prompt_of("long", 700), prompt_of("beside", 20)
+    parts = [(open_greedy(engine), prompt), (open_greedy(engine), beside)]
+    result = step(engine, parts, [LOGITS, SAMPLE])
+    assert result.logits.shape[0] == 700
+    Subject(engine, Judge(folder, weights)).check(result.logits, prompt)
+    (alone,) = step(engine, [(open_greedy(engine), beside)], SAMPLE).sampled
+    assert result.sampled[1].token == alone.token
+
+
+@pytest.mark.slow_emulated
 def test_steps_beyond_the_budget_change_nothing(checkpoint: Checkpoint) -> None:
     """Random steps in a cache too small for them: refused whole, or right to the bit."""
     folder = checkpoint("chunk16")[0]
