@@ -148,8 +148,8 @@ struct Launch {
   std::size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
   bool together = false;  // all blocks run at once, so that they may wait for one another
-  // May start while the kernel before it ends, on Hopper: it calls wait_for_previous_kernel() before
-  // it touches anything that kernel writes or reads.
+  // May start while the kernel before it ends, on Hopper: it calls wait_for_previous_kernel()
+  // before it touches anything that kernel writes or reads.
   bool overlaps = false;
 };
 
