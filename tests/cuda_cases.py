@@ -213,6 +213,61 @@ def run_matmul_few(
     return at.read()
 
 
+NORM_PART = 128
+
+
+@dataclass
+class HalfNorm:
+    """What layout/split_norm.h has of a norm: of rows that are begun, or to begin."""
+
+    gain: NDArray[np.float32]  # [dim]
+    squares: NDArray[np.float32]  # [n_tokens, n_parts]
+    eps: float = 1e-5
+
+    @property
+    def factors(self) -> NDArray[np.float64]:
+        """What products of the rows are multiplied by, [n_tokens]."""
+        mean = self.squares.astype(np.float64).sum(axis=1) / len(self.gain)
+        return 1 / np.sqrt(mean + self.eps)
+
+    def finish_in_next_call(self, device: Device) -> Memory:
+        """Return what has to live until that call."""
+        squares = device.put(self.squares)
+        device.library.finish_norm_of_x(
+            ctypes.c_void_p(squares.address),
+            self.squares.shape[1],
+            ctypes.c_float(1 / len(self.gain)),
+            ctypes.c_float(self.eps),
+        )
+        return squares
+
+    def begin_in_next_call(self, device: Device, h: Memory, h_stride: int) -> list[Memory]:
+        """Return the squares and what has to live as well."""
+        memories = [device.put(self.squares), device.put(self.gain)]
+        addresses = [ctypes.c_void_p(m.address) for m in (memories[1], h, memories[0])]
+        device.library.begin_norm_of_y(
+            addresses[0], addresses[1], ctypes.c_int64(h_stride), addresses[2]
+        )
+        return memories
+
+
+def make_half_norm(rng: np.random.Generator, n_tokens: int, dim: int) -> HalfNorm:
+    """Return a norm with squares as of any rows."""
+    squares = rng.uniform(0, 3 * NORM_PART, (n_tokens, -(-dim // NORM_PART)))
+    gain = rng.standard_normal(dim)
+    return HalfNorm(gain.astype(np.float32), squares.astype(np.float32))
+
+
+def assert_norm_begun(
+    norm: HalfNorm, y: NDArray[np.float32], h: NDArray[np.uint16], squares: NDArray[np.float32]
+) -> None:
+    """Hold h and squares to the y [n_tokens, dim] that was found."""
+    np.testing.assert_array_equal(h, bf16(norm.gain * y))
+    edges = range(0, y.shape[1], NORM_PART)
+    exact = np.add.reduceat(y.astype(np.float64) ** 2, edges, axis=1)
+    assert_within(squares, exact, NORM_PART * FLOAT32_ROUNDING * exact)
+
+
 def matmul_few_workspace(device: Device, w: Matrix, n_tokens: int) -> Workspace:
     need = (ctypes.c_int64 * 2)()
     device.library.matmul_few_need(ctypes.byref(w.shape), n_tokens, need)
@@ -323,20 +378,21 @@ def run_experts_few(
     x: NDArray[np.uint16],
     y: NDArray[np.float32],
     *,
+    at: Memory | None = None,
     workspace: Workspace | None = None,
 ) -> NDArray[np.float32]:
-    """Return y plus what the experts give [n_tokens, stride]."""
+    """Return y plus what the experts give [n_tokens, stride]; x lies `at` a place, or anywhere."""
     n_tokens, stride = x.shape
     sum_bytes, n_counters, scratch_bytes, _ = experts_few_need(device, w, n_tokens)
     workspace = workspace or make_workspace(device, sum_bytes, n_counters)
-    at, scratch = device.put(y), device.put(np.full(scratch_bytes, 0xFF, np.uint8))
+    sums, scratch = device.put(y), device.put(np.full(scratch_bytes, 0xFF, np.uint8))
     device.call(
         "run_experts_few",
         w.c,
-        device.put(x),
+        at or device.put(x),
         n_tokens,
         stride,
-        at,
+        sums,
         y.shape[1],
         scratch,
         *workspace.arguments(),
@@ -345,12 +401,21 @@ def run_experts_few(
     counters = workspace.counters.read()
     assert not counters[1:].any()
     assert counters[0] & 0x7FFFFFFF == 0
-    return at.read()
+    return sums.read()
 
 
-def exact_experts(w: Experts, x_bits: NDArray[np.uint16], y: Array) -> tuple[Array, Array]:
-    """Return what run_experts_few should give [n_tokens, dim], and how far it may be off."""
-    x = from_bf16(x_bits)[:, : w.dim]
+def exact_experts(
+    w: Experts, x_bits: NDArray[np.uint16], y: Array, factors: Array | float = 1.0
+) -> tuple[Array, Array]:
+    """Return what run_experts_few should give [n_tokens, dim], and how far it may be off.
+
+    Args:
+        w: Of one layer.
+        x_bits: bf16.
+        y: What is added to.
+        factors: What each token is multiplied by, [n_tokens, 1].
+    """
+    x = from_bf16(x_bits)[:, : w.dim] * factors
     router = from_bf16(w.router)[:, : w.dim]
     logits, logit_errors = x @ router.T, sum_error(x, router)
     total = y[:, : w.dim].astype(np.float64)

@@ -18,9 +18,9 @@ struct Routing {
   int starts[kMaxExperts + 1];     // of the hit experts' visits; then the number of visits
   int token[kMaxRoutedVisits];     // of a visit
   float factor[kMaxRoutedVisits];  // of a visit: the sigmoid of its logit
-  int place[kMaxRoutedVisits];     // token * top_k + j -> its visit; by expert, ascending
-  int count[kMaxExperts];          // while sorting: visits of each expert
-  int chosen[kMaxRoutedVisits];    // while sorting: token * top_k + j -> expert
+  std::int16_t place[kMaxRoutedVisits];   // token * top_k + j -> its visit; by expert, ascending
+  std::int16_t count[kMaxExperts];        // while sorting: visits of each expert
+  std::int16_t chosen[kMaxRoutedVisits];  // while sorting: token * top_k + j -> expert
   float chosen_factor[kMaxRoutedVisits];
 };
 
@@ -52,7 +52,7 @@ __device__ inline void choose_experts(Routing& routing, const float* logits, int
       }
     }
     if (lane == 0) {
-      routing.chosen[token * top_k + j] = expert;
+      routing.chosen[token * top_k + j] = static_cast<std::int16_t>(expert);
       routing.chosen_factor[token * top_k + j] = sigmoid(best);
     }
     sync_warp();
@@ -72,7 +72,7 @@ __device__ inline void route(Routing& routing, const float* logits, int n_tokens
   for (int e = thread_index(); e < n_experts; e += block_size()) {
     int count = 0;
     for (int i = 0; i < n_visits; ++i) count += routing.chosen[i] == e ? 1 : 0;
-    routing.count[e] = count;
+    routing.count[e] = static_cast<std::int16_t>(count);
   }
   sync_block();
   for (int e = thread_index(); e < n_experts; e += block_size()) {
@@ -95,7 +95,7 @@ __device__ inline void route(Routing& routing, const float* logits, int n_tokens
       if (routing.chosen[i] != e) continue;
       routing.token[first] = i / top_k;
       routing.factor[first] = routing.chosen_factor[i];
-      routing.place[i] = first++;
+      routing.place[i] = static_cast<std::int16_t>(first++);
     }
   }
   sync_block();

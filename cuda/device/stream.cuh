@@ -9,6 +9,7 @@
 
 #include "device/dequant.cuh"
 #include "device/grid.cuh"
+#include "device/split_norm.cuh"
 #include "device/swiglu.cuh"
 #include "layout/output.h"
 #include "layout/share.h"
@@ -19,6 +20,8 @@ constexpr int kStreamWarps = 8;
 constexpr int kStreamThreads = kStreamWarps * kWarp;
 constexpr int kStreamRows = kStreamWarps * kTileRows;
 constexpr int kTokenTile = 8;
+constexpr int kMostStreamTokens = 64;  // of one pass
+static_assert(kStreamRows == kNormPart && kStreamThreads >= kMostStreamTokens * kNormLanes);
 // What a block of every GPU from sm_80 on may ask for: 99 KB on sm_86, sm_89 and sm_120. So large a
 // ring and the largest header fit that, and two blocks fit an SM of Hopper or of an A100. With 64
 // tokens sums take all registers of one block, and data centre GPUs alone have the memory.
@@ -34,10 +37,11 @@ struct List {
   const int* starts;          // task -> first of its tokens; one more entry ends the last
   const int* gather;          // token -> row of x; null: the same
   const int* scatter;         // token -> row of y; null: the same
-  const float* factors;       // token -> what gate and up are multiplied by; null: 1
+  const float* factors;       // token -> what its products are multiplied by; null: 1
   const std::uint16_t* x;     // bf16 [..][x_stride], rows aligned to 16 bytes
   void* y;                    // float32 or bf16 [..][y_stride]
   std::int32_t x_stride, y_stride;
+  NormStart norm;  // of what kAdd completes
   TileShape shape;
   Output output;
   std::int32_t n_tasks, n_row_blocks, n_chunks;
@@ -84,8 +88,15 @@ struct StreamShape {
 template <class Header>
 constexpr std::size_t kStreamHeaderBytes = (sizeof(Header) + 255) / 256 * 256;
 
-// The block's shared memory begins with a Header that has List lists[] and unsigned flag; the ring
-// of Shape::kBytes follows.
+// What the headers of all kernels have, beside the lists.
+struct StreamHeader {
+  float factors[kMostStreamTokens];                // of tokens: find_norm_factors
+  float squares[kStreamWarps][kMostStreamTokens];  // of tokens, of a warp's rows
+  unsigned flag;
+};
+
+// The block's shared memory begins with a Header, a StreamHeader that has List lists[] as well; the
+// ring of Shape::kBytes follows.
 //
 // Instructions are what this loop runs short of: at the speed of HBM an SM has 1772 issue slots for
 // the units of its 8 warps, and turning integers into bf16 takes half of them. So whatever stays
@@ -368,44 +379,116 @@ class Stream {
     return complete_sums(sums, parts_, list.first_result + result, sharers, &header().flag);
   }
 
+  // A lane has rows g and g + 8 of the tile, of two tokens of each token tile.
   __device__ void write(const Sums& sums) {
     const List& list = list_at(now_);
     const int first = first_token(now_), n = n_tokens(now_);
-    const int row_tile = now_.row_block * kStreamWarps + warp();
+    const int row = (now_.row_block * kStreamWarps + warp()) * kTileRows + lane() / 4;
+    const bool norm_follows = list.norm.gain != nullptr;
+    const auto gain_of = [&](int r) {
+      return norm_follows && r < list.shape.rows ? list.norm.gain[r] : 0.0f;
+    };
+    const float2 gain = {gain_of(row), gain_of(row + 8)};
+    // One read after the other would take as long as the product did.
+    constexpr int kAtOnce = Shape::kTokenTiles < 4 ? Shape::kTokenTiles : 4;
 #pragma unroll
-    for (int i = 0; i < Shape::kTokenTiles; ++i) {
-      const int token = i * kTokenTile + lane() % 4 * 2;
-      if (token < n) write_token(list, row_tile, first + token, sums[i].x, sums[i].z);
-      if (token + 1 < n) write_token(list, row_tile, first + token + 1, sums[i].y, sums[i].w);
-    }
-  }
-
-  // Two sums of a token: of rows g and g + 8 of the tile.
-  __device__ static void write_token(const List& list, int row_tile, int token, float low,
-                                     float high) {
-    const int g = thread_index() % kWarp / 4;
-    const int y_row = list.scatter == nullptr ? token : list.scatter[token];
-    const std::int64_t at = std::int64_t{y_row} * list.y_stride;
-    if (list.output == Output::kSwiGlu) {
-      const int channel = row_tile * (kTileRows / 2) + g;
-      if (channel >= list.shape.rows / 2) return;
-      const float factor = list.factors == nullptr ? 1.0f : list.factors[token];
-      static_cast<std::uint16_t*>(list.y)[at + channel] =
-          to_bf16(swiglu(factor * low, factor * high));
-      return;
-    }
+    for (int from = 0; from < Shape::kTokenTiles; from += kAtOnce) {
+      float4 y[kAtOnce];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_tile * kTileRows + g + half * 8;
-      const float value = half == 0 ? low : high;
-      if (row >= list.shape.rows) return;
-      if (list.output == Output::kStoreBf16) {
-        static_cast<std::uint16_t*>(list.y)[at + row] = to_bf16(value);
-      } else {
-        float* y = static_cast<float*>(list.y) + at + row;
-        *y = list.output == Output::kAdd ? load_shared_by_blocks(y) + value : value;
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int token = (from + i) * kTokenTile + lane() % 4 * 2;
+        const float2 left = load_y(list, row, first, n, token);
+        const float2 right = load_y(list, row, first, n, token + 1);
+        y[i] = {left.x, right.x, left.y, right.y};
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int token = (from + i) * kTokenTile + lane() % 4 * 2;
+        const float4 sum = sums[from + i];
+        float2 squares = {0.0f, 0.0f};
+        if (token < n) {
+          squares.x = write_token(list, row, first + token, {sum.x, sum.z}, {y[i].x, y[i].z}, gain);
+        }
+        if (token + 1 < n) {
+          squares.y =
+              write_token(list, row, first + token + 1, {sum.y, sum.w}, {y[i].y, y[i].w}, gain);
+        }
+        if (norm_follows) leave_squares(squares, token);
       }
     }
+    if (norm_follows) add_squares(list, first, n);
+  }
+
+  __device__ static std::int64_t row_of_y(const List& list, int token) {
+    return list.scatter == nullptr ? token : list.scatter[token];
+  }
+
+  // What is added to: rows `row` and `row` + 8 of a token; else zeros.
+  __device__ static float2 load_y(const List& list, int row, int first, int n, int token) {
+    float2 y = {0.0f, 0.0f};
+    if (list.output != Output::kAdd || token >= n) return y;
+    const float* at =
+        static_cast<const float*>(list.y) + row_of_y(list, first + token) * list.y_stride + row;
+    if (row < list.shape.rows) y.x = load_shared_by_blocks(at);
+    if (row + 8 < list.shape.rows) y.y = load_shared_by_blocks(at + 8);
+    return y;
+  }
+
+  // The sums of rows `row` and `row` + 8 and what they are added to. Returns the squares of what a
+  // norm follows.
+  __device__ static float write_token(const List& list, int row, int token, float2 sum, float2 y,
+                                      float2 gain) {
+    const std::int64_t y_row = row_of_y(list, token);
+    const std::int64_t at = y_row * list.y_stride;
+    const float factor = list.factors == nullptr ? 1.0f : list.factors[token];
+    if (list.output == Output::kSwiGlu) {
+      const int channel = row / kTileRows * (kTileRows / 2) + row % kTileRows;
+      if (channel < list.shape.rows / 2) {
+        static_cast<std::uint16_t*>(list.y)[at + channel] =
+            to_bf16(swiglu(factor * sum.x, factor * sum.y));
+      }
+      return 0.0f;
+    }
+    float squares = 0.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + half * 8;
+      if (r >= list.shape.rows) break;
+      const float value = factor * (half == 0 ? sum.x : sum.y);
+      if (list.output == Output::kStoreBf16) {
+        static_cast<std::uint16_t*>(list.y)[at + r] = to_bf16(value);
+        continue;
+      }
+      const float result = (half == 0 ? y.x : y.y) + value;  // kStore: 0 + value
+      static_cast<float*>(list.y)[at + r] = result;
+      if (list.norm.gain == nullptr) continue;
+      list.norm.h[y_row * list.norm.h_stride + r] =
+          to_bf16((half == 0 ? gain.x : gain.y) * result);
+      squares += result * result;
+    }
+    return squares;
+  }
+
+  // Of this warp's rows, for add_squares().
+  __device__ static void leave_squares(float2 squares, int token) {
+#pragma unroll
+    for (int mask = 4; mask < kWarp; mask *= 2) {
+      squares.x += shuffle_xor(squares.x, mask);
+      squares.y += shuffle_xor(squares.y, mask);
+    }
+    if (lane() >= 4) return;
+    header().squares[warp()][token] = squares.x;
+    header().squares[warp()][token + 1] = squares.y;
+  }
+
+  // Of all rows of the block. The block meets inside, and again before it leaves others.
+  __device__ void add_squares(const List& list, int first, int n) const {
+    sync_block();
+    if (thread_index() >= n) return;
+    float sum = 0.0f;
+    for (const auto& of_warp : header().squares) sum += of_warp[thread_index()];
+    list.norm.squares[row_of_y(list, first + thread_index()) * n_norm_parts(list.shape.rows) +
+                      now_.row_block] = sum;
   }
 
   Parts parts_;

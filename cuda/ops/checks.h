@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "layout/output.h"
+#include "layout/split_norm.h"
 #include "layout/tiles.h"
 
 namespace camelid::cuda {
@@ -65,6 +66,14 @@ inline void check_output(const char* op, Output output, int rows, RowOrder order
          y == nullptr ? " of no memory" : "", "; wanted are rows of ", columns,
          " values, aligned to ", bytes, " bytes.");
   }
+}
+
+// What a product of so many rows begins.
+inline void check_norm(const char* op, const NormStart& norm, Output output, int rows) {
+  if (norm.gain == nullptr) return;
+  require(output == Output::kAdd, op, "a norm follows what is added to, and nothing else");
+  require(norm.h != nullptr && norm.squares != nullptr && norm.h_stride >= rows, op,
+          "a norm needs rows to write, as wide as y, and a place for squares");
 }
 
 }  // namespace camelid::cuda

@@ -28,12 +28,11 @@ struct Scratch {
 
 constexpr int kRouterTokens = 4;  // that share a read of a router row
 
-struct Header {
+struct Header : StreamHeader {
   List lists[kLists];
   Routing routing;
   int all_tokens[2];
   float router_sums[kStreamWarps][kRouterTokens];
-  unsigned flag;
 };
 
 // Products of 8 inputs from `input` on, fewer at the end of a row, in their order.
@@ -76,7 +75,8 @@ __device__ void run_router(const ExpertsFew& call, float* logits, Header& header
     if (thread_index() < kRouterTokens && first + thread_index() < call.n_tokens) {
       float sum = 0.0f;
       for (int w = 0; w < kStreamWarps; ++w) sum += header.router_sums[w][thread_index()];
-      logits[std::int64_t{first + thread_index()} * call.w.n_experts + expert] = sum;
+      const int token = first + thread_index();
+      logits[std::int64_t{token} * call.w.n_experts + expert] = sum * header.factors[token];
     }
     sync_block();
   }
@@ -101,6 +101,7 @@ __device__ void set_shared_lists(Header& header, const ExpertsFew& call, const S
   up = list_of(call, call.w.shared_gate_up.shape, Output::kSwiGlu);
   up.table = &call.w.shared_gate_up.at;
   up.starts = header.all_tokens;
+  up.factors = header.factors;
   up.y = scratch.shared_act;
   up.y_stride = scratch.shared_stride;
   up.n_tasks = is_there ? 1 : 0;
@@ -141,6 +142,7 @@ __device__ void set_routed_lists(Header& header, const ExpertsFew& call, const S
   down.x_stride = scratch.routed_stride;
   if (one_visit) {
     down.scatter = routing.token;
+    down.norm = call.norm_of_y;  // all else that y is has been added
   } else {
     down.y = scratch.out;
     down.y_stride = call.w.down_shape.rows;
@@ -183,6 +185,7 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
   stream.prefetch(kRoutedUp);
   wait_for_previous_kernel();
   let_next_kernel_start();
+  find_norm_factors(call.norm_of_x, call.n_tokens, header.factors);
   run_router(call, scratch.logits, header);
   // A loop, so that the stream is compiled once: three copies of it would spill registers.
 #pragma unroll 1
@@ -190,6 +193,9 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
     if (phase > 0) sync_grid(barrier);
     if (phase == 1) {
       route(header.routing, scratch.logits, call.n_tokens, call.w.n_experts, call.w.top_k);
+      for (int i = thread_index(); i < call.n_tokens * call.w.top_k; i += kStreamThreads) {
+        header.routing.factor[i] *= header.factors[header.routing.token[i]];
+      }
       if (thread_index() == 0) set_routed_lists(header, call, scratch);
       sync_block();
     }
@@ -261,6 +267,9 @@ void check_call(const ExpertsFew& call) {
   check_rows(kName, "x", call.x, dim, call.x_stride);
   check_rows(kName, "the router", w.router, dim, w.router_stride);
   check_output(kName, Output::kAdd, w.down_shape.rows, RowOrder::kPlain, call.y, call.y_stride);
+  check_norm(kName, call.norm_of_y, Output::kAdd, w.down_shape.rows);
+  require(call.norm_of_y.gain == nullptr || w.top_k == 1, kName,
+          "of tokens with several visits none is the last");
   require(w.gate_up != nullptr && w.down != nullptr && call.scratch != nullptr &&
               is_aligned(call.scratch, 16),
           kName, "tables of experts and scratch, aligned to 16 bytes, must be there");

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "layout/split_norm.h"
 #include "layout/tiles.h"
 #include "ops/workspace.h"
 
@@ -31,6 +32,8 @@ struct ExpertsFew {
   std::int32_t x_stride = 0;  // values, a multiple of 8
   float* y = nullptr;         // [n_tokens][y_stride]: added to
   std::int32_t y_stride = 0;
+  NormEnd norm_of_x;             // of x, where its rows were only begun
+  NormStart norm_of_y;           // of y, where top_k is 1; its h may be x
   std::byte* scratch = nullptr;  // experts_few_scratch_bytes(), aligned to 16 bytes
   std::int32_t most_blocks = 0;  // of the grid; 0: as many as run at once. For tests.
 };

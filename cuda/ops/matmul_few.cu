@@ -7,10 +7,9 @@
 namespace camelid::cuda {
 namespace {
 
-struct Header {
+struct Header : StreamHeader {
   List lists[1];
   int starts[2];
-  unsigned flag;
 };
 
 template <class Shape>
@@ -28,6 +27,8 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
     list.y_stride = call.y_stride;
     list.shape = call.w.shape;
     list.output = call.output;
+    list.factors = header.factors;
+    list.norm = call.norm_of_y;
     list.n_tasks = 1;
     header.starts[0] = 0;
     header.starts[1] = call.n_tokens;
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
   stream.prefetch(1);
   wait_for_previous_kernel();
   let_next_kernel_start();
+  find_norm_factors(call.norm_of_x, call.n_tokens, header.factors);
   stream.run(1, 1);
 }
 
@@ -52,6 +54,9 @@ void check_call(const MatmulFew& call) {
   check_tiles(kName, call.w.at);
   check_rows(kName, "x", call.x, shape.inputs, call.x_stride);
   check_output(kName, call.output, shape.rows, shape.order, call.y, call.y_stride);
+  check_norm(kName, call.norm_of_y, call.output, shape.rows);
+  require(call.norm_of_x.squares == nullptr || call.norm_of_y.gain == nullptr, kName,
+          "one call begins a norm or finishes one");
 }
 
 }  // namespace
@@ -76,6 +81,13 @@ void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t 
     MatmulFew piece = call;
     piece.x += std::int64_t{first} * call.x_stride;
     piece.y = static_cast<std::byte*>(call.y) + static_cast<std::size_t>(first) * y_row;
+    if (call.norm_of_x.squares != nullptr) {
+      piece.norm_of_x.squares += std::int64_t{first} * call.norm_of_x.n_parts;
+    }
+    if (call.norm_of_y.gain != nullptr) {
+      piece.norm_of_y.h += first * call.norm_of_y.h_stride;
+      piece.norm_of_y.squares += std::int64_t{first} * n_norm_parts(call.w.shape.rows);
+    }
     piece.n_tokens = call.n_tokens - first < at_once ? call.n_tokens - first : at_once;
     with_stream_shape(call.w.shape, at_once, [&]<class Shape>(Shape) {
       launch_stream<Shape, Header>(kName, run_matmul_few<Shape>, false, call.most_blocks, stream,

@@ -6,6 +6,7 @@
 
 #include "device/launch.cuh"
 #include "layout/output.h"
+#include "layout/split_norm.h"
 #include "layout/tiles.h"
 #include "ops/workspace.h"
 
@@ -19,6 +20,8 @@ struct MatmulFew {
   void* y = nullptr;          // [n_tokens][y_stride]
   std::int32_t y_stride = 0;
   Output output = Output::kStore;
+  NormEnd norm_of_x;          // of x, where its rows were only begun
+  NormStart norm_of_y;        // of y, with kAdd; not in one call with norm_of_x
   std::int32_t most_blocks = 0;  // of the grid; 0: as many as run at once. For tests.
 };
 

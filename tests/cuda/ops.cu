@@ -1,6 +1,7 @@
 // C functions over the kernels' host side, for tests that run them on a GPU (built with nvcc) or on
 // the emulated device (built with the compiler for C++).
 #include <cstring>
+#include <utility>
 
 #include "case.h"
 #include "case_shapes.h"
@@ -13,6 +14,9 @@ using namespace camelid::cuda;
 
 // Of the grids of calls for few tokens; 0: as many as run at once.
 static int most_blocks = 0;
+// Of the next call for few tokens.
+static NormEnd norm_of_x;
+static NormStart norm_of_y;
 
 extern "C" {
 
@@ -104,6 +108,15 @@ void deal(int n_blocks, int n_units, int* bounds, int* owners) {
 
 void limit_blocks(int most) { most_blocks = most; }
 
+void finish_norm_of_x(const void* squares, int n_parts, float share, float eps) {
+  norm_of_x = {static_cast<const float*>(squares), n_parts, share, eps};
+}
+
+void begin_norm_of_y(const void* gain, void* h, std::int64_t h_stride, void* squares) {
+  norm_of_y = {static_cast<const float*>(gain), static_cast<std::uint16_t*>(h), h_stride,
+               static_cast<float*>(squares)};
+}
+
 void matmul_few_need(const CaseShape* s, int n_tokens, std::int64_t* need) {
   const WorkspaceNeed n = matmul_few_needs(shape_of(*s), n_tokens);
   need[0] = static_cast<std::int64_t>(n.sum_bytes);
@@ -123,6 +136,8 @@ int run_matmul_few(const CaseShape* s, const void* tiles, const void* scales, co
     call.y = y;
     call.y_stride = y_stride;
     call.output = static_cast<Output>(output);
+    call.norm_of_x = std::exchange(norm_of_x, {});
+    call.norm_of_y = std::exchange(norm_of_y, {});
     call.most_blocks = most_blocks;
     matmul_few(call,
                {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
@@ -180,6 +195,8 @@ int run_experts_few(const CExperts* c, const void* x, int n_tokens, int x_stride
     call.y = static_cast<float*>(y);
     call.y_stride = y_stride;
     call.scratch = static_cast<std::byte*>(scratch);
+    call.norm_of_x = std::exchange(norm_of_x, {});
+    call.norm_of_y = std::exchange(norm_of_y, {});
     call.most_blocks = most_blocks;
     experts_few(call,
                 {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),

@@ -13,10 +13,12 @@ from cuda_cases import (
     NAN_BF16,
     PAIRS,
     Experts,
+    assert_norm_begun,
     assert_within,
     exact_experts,
     experts_few_need,
     make_experts,
+    make_half_norm,
     make_workspace,
     make_x,
     run_experts_few,
@@ -66,6 +68,49 @@ def test_every_number_of_visits(device: Device, top_k: int, has_shared: bool) ->
         device, rng, dim=136, ffn_dim=40, n_experts=6, top_k=top_k, has_shared=has_shared
     )
     check(device, w, rng, 6)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("n_tokens", [1, 9, 40])
+@pytest.mark.parametrize("has_shared", [True, False])
+@pytest.mark.parametrize("multiprocessors", [2, 9])
+def test_one_norm_ends_and_another_begins(
+    device: Device, n_tokens: int, has_shared: bool, multiprocessors: int
+) -> None:
+    """In the same memory: rows of x make place for those of the next norm."""
+    device.arrange(seed=n_tokens, multiprocessors=multiprocessors)
+    rng = np.random.default_rng(n_tokens)
+    w = make_experts(device, rng, dim=264, ffn_dim=72, n_experts=5, has_shared=has_shared)
+    n_tokens = min(n_tokens, experts_few_need(device, w, 1)[3])
+    x, y = make_x(rng, n_tokens, w.dim), make_y(rng, n_tokens, w.dim)
+    before, after = make_half_norm(rng, n_tokens, w.dim), make_half_norm(rng, n_tokens, w.dim)
+    rows = device.put(x)
+    squares, *_alive = after.begin_in_next_call(device, rows, x.shape[1])
+    _alive.append(before.finish_in_next_call(device))
+    found = run_experts_few(device, w, x, y, at=rows)[:, : w.dim]
+    assert_within(found, *exact_experts(w, x, y, before.factors[:, None]))
+    assert_norm_begun(after, found, rows.read()[:, : w.dim], squares.read())
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_norm_of_what_experts_take_ends(device: Device, top_k: int) -> None:
+    rng = np.random.default_rng(top_k)
+    w = make_experts(device, rng, dim=136, ffn_dim=40, n_experts=6, top_k=top_k)
+    x, y = make_x(rng, 6, w.dim), make_y(rng, 6, w.dim)
+    norm = make_half_norm(rng, 6, w.dim)
+    _alive = norm.finish_in_next_call(device)
+    found = run_experts_few(device, w, x, y)[:, : w.dim]
+    assert_within(found, *exact_experts(w, x, y, norm.factors[:, None]))
+
+
+def test_a_norm_after_several_visits_is_refused(device: Device) -> None:
+    rng = np.random.default_rng(10)
+    w = make_experts(device, rng, dim=40, ffn_dim=16, n_experts=3, top_k=2)
+    x, y = make_x(rng, 2, 40), make_y(rng, 2, 40)
+    rows = device.put(x)
+    _alive = make_half_norm(rng, 2, 40).begin_in_next_call(device, rows, x.shape[1])
+    with pytest.raises(DeviceError, match="with several visits none is the last"):
+        run_experts_few(device, w, x, y)
 
 
 @pytest.mark.parametrize("n_experts", [1, 2, 16, 33, 128])

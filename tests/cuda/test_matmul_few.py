@@ -11,6 +11,7 @@ from cuda_cases import (
     ADD,
     BF16,
     BF16_ROUNDING,
+    FLOAT32_ROUNDING,
     GATE_UP,
     NAN_BF16,
     PAIRS,
@@ -18,11 +19,13 @@ from cuda_cases import (
     STORE_BF16,
     SWIGLU,
     Matrix,
+    assert_norm_begun,
     assert_sums,
     assert_within,
     empty_y,
     from_bf16,
     gated,
+    make_half_norm,
     make_matrix,
     make_workspace,
     make_x,
@@ -88,6 +91,96 @@ def test_every_output(device: Device, bits: int, scales: int, output: int) -> No
     order = GATE_UP if output == SWIGLU else 0
     w = make_matrix(device, rng, 150, 300, bits=bits, scales=scales, order=order)
     check(device, w, rng, 11, output)
+
+
+def begin_norm(device: Device, w: Matrix, rng: np.random.Generator, n_tokens: int) -> Any:
+    """Return y, h and squares of a call that begins a norm, and hold them to each other."""
+    norm, dim = make_half_norm(rng, n_tokens, w.shape.rows), w.shape.rows
+    h = device.put(np.full((n_tokens, dim + 3), NAN_BF16, np.uint16))
+    squares, *_alive = norm.begin_in_next_call(device, h, dim + 3)
+    y = check(device, w, rng, n_tokens, ADD)
+    found = h.read()
+    assert (found[:, dim:] == NAN_BF16).all()
+    assert_norm_begun(norm, y, found[:, :dim], squares.read())
+    return y, found, squares.read()
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(("bits", "n_tokens"), [(4, 1), (4, 9), (4, 64), (4, 65), (8, 40)])
+def test_a_norm_of_what_is_completed_begins(device: Device, bits: int, n_tokens: int) -> None:
+    rng = np.random.default_rng(n_tokens)
+    begin_norm(device, make_matrix(device, rng, 270, 200, bits=bits), rng, n_tokens)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 128, 129])
+def test_a_norm_of_any_width_begins(device: Device, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    begin_norm(device, make_matrix(device, rng, rows, 130), rng, 3)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_a_norm_has_the_same_bits_in_every_order(device: Device, seed: int) -> None:
+    w = make_matrix(device, np.random.default_rng(3), 300, 900)
+    first = begin_norm(device, w, np.random.default_rng(4), 9)
+    device.arrange(seed=seed)
+    again = begin_norm(device, w, np.random.default_rng(4), 9)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(("bits", "n_tokens"), [(4, 1), (4, 9), (4, 64), (4, 65), (8, 40)])
+@pytest.mark.parametrize("output", [STORE, STORE_BF16, SWIGLU])
+def test_a_norm_of_what_is_multiplied_ends(
+    device: Device, bits: int, n_tokens: int, output: int
+) -> None:
+    rng = np.random.default_rng(n_tokens)
+    order = GATE_UP if output == SWIGLU else 0
+    w = make_matrix(device, rng, 40, 200, bits=bits, order=order)
+    x = make_x(rng, n_tokens, 200)
+    norm = make_half_norm(rng, n_tokens, 200)
+    alive = norm.finish_in_next_call(device)
+    found = run_matmul_few(device, w, x, output)[:, : w.shape.columns]
+    assert alive.n_bytes > 0
+    values = from_bf16(x)[:, :200] * norm.factors[:, None]
+    if output == SWIGLU:
+        exact, off = gated(values, w.w, 1.0, 4 * FLOAT32_ROUNDING)
+        assert_within(from_bf16(found), exact, off + BF16_ROUNDING * np.abs(exact))
+    else:
+        assert_sums(found, values, w.w)
+
+
+@pytest.mark.parametrize("dim", [128, 5120, 8192, 8193, 20000])
+def test_a_norm_of_any_width_ends(device: Device, dim: int) -> None:
+    """More parts than are read at once, and some that are no multiple of those a lane reads."""
+    rng = np.random.default_rng(dim)
+    w, x = make_matrix(device, rng, 16, 128), make_x(rng, 2, 128)
+    norm = make_half_norm(rng, 2, dim)
+    alive = norm.finish_in_next_call(device)
+    found = run_matmul_few(device, w, x)[:, :16]
+    assert alive.n_bytes > 0
+    assert_sums(found, from_bf16(x)[:, :128] * norm.factors[:, None], w.w)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [(STORE, "a norm follows what is added"), (ADD, "as wide as y")]
+)
+def test_a_norm_that_cannot_begin_is_refused(device: Device, output: int, message: str) -> None:
+    rng = np.random.default_rng(13)
+    w = make_matrix(device, rng, 16, 128)
+    norm, h = make_half_norm(rng, 2, 16), device.put(np.zeros((2, 16), np.uint16))
+    _alive = norm.begin_in_next_call(device, h, 15 if output == ADD else 16)
+    with pytest.raises(DeviceError, match=message):
+        run_matmul_few(device, w, make_x(rng, 2, 128), output)
+
+
+def test_one_call_does_not_begin_and_end_a_norm(device: Device) -> None:
+    rng = np.random.default_rng(14)
+    w = make_matrix(device, rng, 16, 128)
+    norm, h = make_half_norm(rng, 2, 16), device.put(np.zeros((2, 16), np.uint16))
+    _alive = norm.begin_in_next_call(device, h, 16), norm.finish_in_next_call(device)
+    with pytest.raises(DeviceError, match="begins a norm or finishes one"):
+        run_matmul_few(device, w, make_x(rng, 2, 128), ADD)
 
 
 @pytest.mark.parametrize("rows", [2, 14, 16, 18, 146])
