@@ -213,7 +213,7 @@ def norm_rows(gpu: Gpu, model: Attention, l2_bytes: int) -> Iterator[Row]:
         y = [gpu.device.reserve(2 * n_tokens * dim) for _ in range(n_arrays)]
         calls: list[Call] = [
             ("case_rms_norm", CRows(b.address, n_tokens, dim, dim, 1),
-             CRows(a.address, n_tokens, dim, dim, 0), gain, ctypes.c_float(1e-5))
+             CRows(a.address, n_tokens, dim, dim, 0), None, gain, ctypes.c_float(1e-5))
             for a, b in zip(x, y, strict=True)
         ]  # fmt: skip
         n_bytes = x[0].n_bytes + y[0].n_bytes

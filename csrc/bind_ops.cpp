@@ -65,7 +65,7 @@ class Ops {
     const Tensor out = rows_of(y, w.out_dim);
     const Tensor in = rows_of(x, w.in_dim);
     if (out.n_rows != in.n_rows) fail(ErrorCode::kInternal, "[testing] x and y differ in rows");
-    accumulate ? backend_->matmul_add(out, in, w) : backend_->matmul(out, in, w);
+    accumulate ? backend_->matmul_add(out, in, w, {}) : backend_->matmul(out, in, w);
   }
 
   Floats embed(const std::vector<std::int32_t>& rows, const Matrix& table) {
@@ -80,7 +80,7 @@ class Ops {
   Floats norm(Floats x, Floats gain, float eps) {
     Floats y({x.shape(0), x.shape(1)});
     const Buffer gains = backend_->upload({gain.data(), static_cast<std::size_t>(gain.size())});
-    backend_->norm(rows_of(y, x.shape(1)), rows_of(x, x.shape(1)), gains, eps);
+    backend_->norm(rows_of(x, x.shape(1)), {rows_of(y, x.shape(1)), &gains, eps});
     return y;
   }
 
@@ -125,11 +125,11 @@ class Ops {
   }
 
   void mlp(Floats y, Floats x, const Mlp& w) {
-    backend_->mlp(rows_of(y, w.down->out_dim), rows_of(x, w.gate_up->in_dim), w);
+    backend_->mlp(rows_of(y, w.down->out_dim), rows_of(x, w.gate_up->in_dim), w, {});
   }
 
   void experts(Floats y, Floats x, const Experts& w) {
-    backend_->experts(rows_of(y, w.router->in_dim), rows_of(x, w.router->in_dim), w);
+    backend_->experts(rows_of(y, w.router->in_dim), rows_of(x, w.router->in_dim), w, {});
   }
 
   std::size_t page_bytes(std::int64_t page_size, std::int64_t n_layers, std::int64_t n_kv_heads,

@@ -13,11 +13,11 @@ constexpr int kMaxRoutedVisits = kMaxRoutedTokens * kMaxTopK;
 
 // Visits are numbered in the order of experts, and for one expert in the order of tokens.
 struct Routing {
-  int n_hit;                       // experts that are visited at all
-  int hit[kMaxExperts];            // which, in order
-  int starts[kMaxExperts + 1];     // of the hit experts' visits; then the number of visits
-  int token[kMaxRoutedVisits];     // of a visit
-  float factor[kMaxRoutedVisits];  // of a visit: the sigmoid of its logit
+  int n_hit;                              // experts that are visited at all
+  int hit[kMaxExperts];                   // which, in order
+  int starts[kMaxExperts + 1];            // of the hit experts' visits; then the number of visits
+  int token[kMaxRoutedVisits];            // of a visit
+  float factor[kMaxRoutedVisits];         // of a visit: the sigmoid of its logit
   std::int16_t place[kMaxRoutedVisits];   // token * top_k + j -> its visit; by expert, ascending
   std::int16_t count[kMaxExperts];        // while sorting: visits of each expert
   std::int16_t chosen[kMaxRoutedVisits];  // while sorting: token * top_k + j -> expert

@@ -462,8 +462,7 @@ class Stream {
       const float result = (half == 0 ? y.x : y.y) + value;  // kStore: 0 + value
       static_cast<float*>(list.y)[at + r] = result;
       if (list.norm.gain == nullptr) continue;
-      list.norm.h[y_row * list.norm.h_stride + r] =
-          to_bf16((half == 0 ? gain.x : gain.y) * result);
+      list.norm.h[y_row * list.norm.h_stride + r] = to_bf16((half == 0 ? gain.x : gain.y) * result);
       squares += result * result;
     }
     return squares;

@@ -20,11 +20,6 @@ const DeviceMatrix& on_device(const Matrix& matrix) {
 
 const float* floats(const Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
 
-Rows rows_of(const Tensor& x) {
-  return {x.data, static_cast<std::int32_t>(x.n_rows), static_cast<std::int32_t>(x.dim),
-          x.row_stride, x.role == Role::kSum ? Element::kF32 : Element::kBf16};
-}
-
 }  // namespace
 
 CudaBackend::CudaBackend(int ordinal, int n_threads)
@@ -34,8 +29,9 @@ CudaBackend::CudaBackend(int ordinal, int n_threads)
           cat("cuda:", ordinal, ": ", gpu_name(), ", ", gpu_.multiprocessors, " multiprocessors")),
       pool_(n_threads),
       uploader_(gpu_.stream),
-      products_(gpu_),
-      feed_forward_(gpu_, products_),
+      norms_(gpu_.stream),
+      products_(gpu_, norms_),
+      feed_forward_(gpu_, products_, norms_),
       step_(gpu_),
       recordings_(gpu_.stream) {}
 
@@ -154,7 +150,7 @@ std::size_t CudaBackend::prepare_steps(std::int64_t n_tokens, std::int64_t query
   uploader_.release();  // nothing is packed any more
   feed_forward_.prepare_steps(n_tokens);
   q_.at_least(static_cast<std::size_t>(n_tokens * query_dim) * sizeof(std::uint16_t));
-  return products_.bytes() + feed_forward_.bytes() + q_.bytes();
+  return norms_.bytes() + products_.bytes() + feed_forward_.bytes() + q_.bytes();
 }
 
 std::unique_ptr<Clock> CudaBackend::make_clock() {
@@ -167,6 +163,7 @@ std::unique_ptr<Clock> CudaBackend::make_clock() {
 bool CudaBackend::begin(const StepPlan& plan) {
   use();
   step_.set(plan);
+  norms_.forget();
   if (!plan.sampling_scale.empty()) top_rows_ = step_.n_rows();
   const KindArrays &local = step_.kind(true), &global = step_.kind(false);
   const StepKind kind{step_.n_tokens(), step_.n_rows(), local.pool.base, global.pool.base};
@@ -186,9 +183,9 @@ void CudaBackend::embed(Tensor y, const Matrix& table) {
   cuda::embed(rows_of(y), step_.tokens(), rows, gpu_.stream);
 }
 
-void CudaBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
-  rms_norm(rows_of(y), rows_of(x), floats(gain), eps, gpu_.stream);
-}
+void CudaBackend::norm(Tensor x, const Norm& norm) { norms_.run(norm, x); }
+
+void CudaBackend::norm_rows(Tensor x, const Norm& norm) { norms_.run(norm, x, step_.rows()); }
 
 void CudaBackend::layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,
                              float eps) {
@@ -202,11 +199,11 @@ void CudaBackend::add_bias(Tensor y, const Buffer& bias) {
 void CudaBackend::gelu(Tensor y) { cuda::gelu(rows_of(y), gpu_.stream); }
 
 void CudaBackend::matmul(Tensor y, Tensor x, const Matrix& w) {
-  products_.multiply(y, x, on_device(w), false);
+  products_.multiply(y, x, on_device(w));
 }
 
-void CudaBackend::matmul_add(Tensor y, Tensor x, const Matrix& w) {
-  products_.multiply(y, x, on_device(w), true);
+void CudaBackend::matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) {
+  products_.multiply_add(y, x, on_device(w), then);
 }
 
 void CudaBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
@@ -256,9 +253,13 @@ void CudaBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   }
 }
 
-void CudaBackend::mlp(Tensor y, Tensor x, const Mlp& w) { feed_forward_.mlp(y, x, w); }
+void CudaBackend::mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) {
+  feed_forward_.mlp(y, x, w, then);
+}
 
-void CudaBackend::experts(Tensor y, Tensor x, const Experts& w) { feed_forward_.experts(y, x, w); }
+void CudaBackend::experts(Tensor y, Tensor x, const Experts& w, const Norm& then) {
+  feed_forward_.experts(y, x, w, then);
+}
 
 void CudaBackend::select_rows(Tensor y, Tensor x) {
   copy_rows(rows_of(y), rows_of(x), step_.rows(), gpu_.stream);

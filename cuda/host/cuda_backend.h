@@ -15,10 +15,10 @@
 #include "device/reservation.h"
 #include "device/uploader.h"
 #include "host/feed_forward.h"
+#include "host/norms.h"
 #include "host/products.h"
 #include "host/recordings.h"
 #include "host/step_arrays.h"
-#include "ops/rows.h"
 
 namespace camelid::cuda {
 
@@ -48,16 +48,17 @@ class CudaBackend final : public Backend {
   bool end() override { return recordings_.end(); }
   void abandon() override { recordings_.abandon(); }
   void embed(Tensor y, const Matrix& table) override;
-  void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
+  void norm(Tensor x, const Norm& norm) override;
+  void norm_rows(Tensor x, const Norm& norm) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
   void add_bias(Tensor y, const Buffer& bias) override;
   void gelu(Tensor y) override;
   void matmul(Tensor y, Tensor x, const Matrix& w) override;
-  void matmul_add(Tensor y, Tensor x, const Matrix& w) override;
+  void matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) override;
   void store_kv(Tensor qkv, const AttentionLayer& layer) override;
   void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
-  void mlp(Tensor y, Tensor x, const Mlp& w) override;
-  void experts(Tensor y, Tensor x, const Experts& w) override;
+  void mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) override;
+  void experts(Tensor y, Tensor x, const Experts& w, const Norm& then) override;
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
@@ -77,6 +78,7 @@ class CudaBackend final : public Backend {
   std::string name_;
   ThreadPool pool_;  // for packing
   Uploader uploader_;
+  Norms norms_;
   Products products_;
   FeedForward feed_forward_;
   StepArrays step_;

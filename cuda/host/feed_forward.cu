@@ -143,6 +143,7 @@ void FeedForward::prepare(Experts& w, Uploader& uploader) {
 
 void FeedForward::expect(const DeviceMatrix& gate_up) {
   widest_mlp_ = std::max(widest_mlp_, gate_up.out_dim / 2);
+  norms_.prepare(kMostFewTokens, gate_up.in_dim);
 }
 
 void FeedForward::prepare_steps(std::int64_t n_tokens) {
@@ -168,13 +169,14 @@ Tensor FeedForward::activations(std::int64_t n_rows, std::int64_t dim) {
   return {act_.at_least(bytes), n_rows, dim, stride, Role::kOperand};
 }
 
-void FeedForward::mlp(const Tensor& y, const Tensor& x, const Mlp& w) {
+void FeedForward::mlp(const Tensor& y, const Tensor& x, const Mlp& w, const Norm& then) {
   const Tensor act = activations(x.n_rows, w.down->in_dim);
   products_.multiply_gated(act, x, static_cast<const DeviceMatrix&>(*w.gate_up));
-  products_.multiply(y, act, static_cast<const DeviceMatrix&>(*w.down), true);
+  products_.multiply_add(y, act, static_cast<const DeviceMatrix&>(*w.down), then);
 }
 
-void FeedForward::run_few(const Tensor& y, const Tensor& x, const Prepared& prepared) {
+void FeedForward::run_few(const Tensor& y, const Tensor& x, const Prepared& prepared,
+                          const Norm& then) {
   ExpertsFew call;
   call.w = prepared.few;
   call.x = static_cast<const std::uint16_t*>(x.data);
@@ -183,7 +185,11 @@ void FeedForward::run_few(const Tensor& y, const Tensor& x, const Prepared& prep
   call.y = static_cast<float*>(y.data);
   call.y_stride = static_cast<std::int32_t>(y.row_stride);
   call.scratch = scratch_.at_least(experts_few_scratch_bytes(call.w, call.n_tokens));
+  call.norm_of_x = norms_.end(x);
+  const bool begins = then.gain != nullptr && prepared.top_k == 1;
+  if (begins) call.norm_of_y = norms_.begin(then, y);
   experts_few(call, products_.workspace(experts_few_needs(call.w, call.n_tokens)), gpu_.stream);
+  if (!begins) norms_.run(then, y);
 }
 
 FeedForward::Visits FeedForward::place_visits(std::int64_t n_tokens, const Prepared& prepared) {
@@ -205,7 +211,7 @@ float* FeedForward::visit_rows(const Visits& visits, std::int64_t stride) {
 FeedForward::Visits FeedForward::route(const Tensor& x, const Experts& w,
                                        const Prepared& prepared) {
   const Visits visits = place_visits(x.n_rows, prepared);
-  products_.multiply(visits.logits, x, static_cast<const DeviceMatrix&>(*w.router), false);
+  products_.multiply(visits.logits, x, static_cast<const DeviceMatrix&>(*w.router));
   route_many(visits.shape, static_cast<const float*>(visits.logits.data), visits.routes,
              gpu_.stream);
   return visits;
@@ -290,15 +296,17 @@ void FeedForward::combine(const Tensor& y, const Visits& visits) {
   combine_rows(visits.shape, visits.routes, call, gpu_.stream);
 }
 
-void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w) {
+void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w, const Norm& then) {
   const auto& prepared = *static_cast<const Prepared*>(w.prepared.get());
-  if (!prepared.has_shared) mlp(y, x, w.shared);
+  if (!prepared.has_shared) mlp(y, x, w.shared, {});
   // Of int8 or weights with zero points that is up to 32 tokens; from 33 on, grouped products.
   if (prepared.one_launch && x.n_rows <= experts_few_limit(prepared.few)) {
-    run_few(y, x, prepared);
+    run_few(y, x, prepared, then);
     return;
   }
+  norms_.finish(x);
   run_visits(y, x, prepared, route(x, w, prepared));
+  norms_.run(then, y);
 }
 
 }  // namespace camelid::cuda

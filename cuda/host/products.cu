@@ -1,6 +1,8 @@
 // Which kernel multiplies: by the kind of matrix, the number of tokens and the GPU.
 #include "host/products.h"
 
+#include <algorithm>
+
 #include "ops/matmul_plain.h"
 #include "sm90/grouped.h"
 #include "sm90/matmul_dense.h"
@@ -60,7 +62,20 @@ void Products::multiply_plain(void* y, const Tensor& rows_of_y, const Tensor& x,
   matmul_plain(call, gpu_.stream);
 }
 
-void Products::multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output) {
+bool Products::are_few(const Tensor& x, const DeviceMatrix& w) {
+  return x.n_rows <= kMostFewTokens &&
+         std::all_of(w.segments.begin(), w.segments.end(),
+                     [](const Segment& segment) { return segment.is_tiled; });
+}
+
+NormEnd Products::end_norm(const Tensor& x, const DeviceMatrix& w) {
+  if (are_few(x, w)) return norms_.end(x);
+  norms_.finish(x);
+  return {};
+}
+
+void Products::multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output,
+                        const NormEnd& norm_of_x, const NormStart& norm_of_y) {
   const std::size_t element = y.role == Role::kSum ? sizeof(float) : sizeof(std::uint16_t);
   void* to =
       static_cast<std::byte*>(y.data) + static_cast<std::size_t>(segment.first_row) * element;
@@ -78,6 +93,8 @@ void Products::multiply(const Tensor& y, const Tensor& x, const Segment& segment
     call.y = to;
     call.y_stride = static_cast<std::int32_t>(y.row_stride);
     call.output = output;
+    call.norm_of_x = norm_of_x;
+    call.norm_of_y = norm_of_y;
     matmul_few(call, workspace(matmul_few_needs(shape, call.n_tokens)), gpu_.stream);
     return;
   }
@@ -93,15 +110,26 @@ void Products::multiply(const Tensor& y, const Tensor& x, const Segment& segment
   grouped_many(gpu_, call);
 }
 
-void Products::multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w, bool add) {
-  const Output output = add                    ? Output::kAdd
-                        : y.role == Role::kSum ? Output::kStore
-                                               : Output::kStoreBf16;
-  for (const Segment& segment : w.segments) multiply(y, x, segment, output);
+void Products::multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w) {
+  const Output output = y.role == Role::kSum ? Output::kStore : Output::kStoreBf16;
+  const NormEnd norm_of_x = end_norm(x, w);
+  for (const Segment& segment : w.segments) multiply(y, x, segment, output, norm_of_x);
+}
+
+void Products::multiply_add(const Tensor& y, const Tensor& x, const DeviceMatrix& w,
+                            const Norm& then) {
+  norms_.finish(x);
+  // Squares are of the parts of one matrix.
+  if (then.gain != nullptr && are_few(x, w) && w.segments.size() == 1) {
+    multiply(y, x, w.segments.front(), Output::kAdd, {}, norms_.begin(then, y));
+    return;
+  }
+  for (const Segment& segment : w.segments) multiply(y, x, segment, Output::kAdd, {});
+  norms_.run(then, y);
 }
 
 void Products::multiply_gated(const Tensor& y, const Tensor& x, const DeviceMatrix& w) {
-  multiply(y, x, w.segments.front(), Output::kSwiGlu);
+  multiply(y, x, w.segments.front(), Output::kSwiGlu, end_norm(x, w));
 }
 
 }  // namespace camelid::cuda

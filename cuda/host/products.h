@@ -8,6 +8,7 @@
 #include "device/growing.h"
 #include "host/gpu.h"
 #include "host/matrix.h"
+#include "host/norms.h"
 #include "ops/grouped.h"
 #include "ops/matmul_few.h"
 
@@ -21,7 +22,7 @@ void grouped_many(const Gpu& gpu, const GroupedProduct& product);
 
 class Products {
  public:
-  explicit Products(const Gpu& gpu) : gpu_(gpu) {}
+  Products(const Gpu& gpu, Norms& norms) : gpu_(gpu), norms_(norms) {}
 
   // Takes the memory that products of few tokens with such a matrix need, so that they never wait
   // for it.
@@ -31,17 +32,24 @@ class Products {
     return sums_.bytes() + counters_.bytes() + dense_workspace_.bytes();
   }
 
-  // y = x w^T, or y += x w^T; y of operands is rounded.
-  void multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w, bool add);
+  // y = x w^T; y of operands is rounded.
+  void multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w);
+  // y += x w^T, and then a norm of y, if any.
+  void multiply_add(const Tensor& y, const Tensor& x, const DeviceMatrix& w, const Norm& then);
   // y = silu(gate) * up, operands, of a matrix packed as Stack::kGateUp.
   void multiply_gated(const Tensor& y, const Tensor& x, const DeviceMatrix& w);
 
  private:
-  void multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output);
+  // Whether one kernel for few tokens takes each segment, and so halves of norms.
+  static bool are_few(const Tensor& x, const DeviceMatrix& w);
+  NormEnd end_norm(const Tensor& x, const DeviceMatrix& w);
+  void multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output,
+                const NormEnd& norm_of_x, const NormStart& norm_of_y = {});
   void multiply_plain(void* y, const Tensor& rows_of_y, const Tensor& x, const PlainMatrix& w,
                       Output output);
 
   Gpu gpu_;
+  Norms& norms_;
   GrowingMemory sums_, counters_, dense_workspace_;
 };
 

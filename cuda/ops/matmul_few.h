@@ -20,8 +20,8 @@ struct MatmulFew {
   void* y = nullptr;          // [n_tokens][y_stride]
   std::int32_t y_stride = 0;
   Output output = Output::kStore;
-  NormEnd norm_of_x;          // of x, where its rows were only begun
-  NormStart norm_of_y;        // of y, with kAdd; not in one call with norm_of_x
+  NormEnd norm_of_x;             // of x, where its rows were only begun
+  NormStart norm_of_y;           // of y, with kAdd; not in one call with norm_of_x
   std::int32_t most_blocks = 0;  // of the grid; 0: as many as run at once. For tests.
 };
 

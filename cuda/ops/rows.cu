@@ -31,6 +31,7 @@ __device__ Line row_of(const Rows& rows, std::int64_t row) {
 
 struct Norm {
   Rows y, x;
+  const std::int32_t* rows;  // of x; null: in order
   const float* gain;
   const float* bias;
   float eps;
@@ -89,11 +90,11 @@ __global__ void __launch_bounds__(kMostThreads) norm_kernel(const Norm call) {
   const float share = 1.0f / static_cast<float>(call.x.dim);  // here, where nobody waits for it
   const Line y = row_of(call.y, block_index());
   Mine<kCentred, kFours> mine;
-  mine.x = row_of(call.x, block_index());
   mine.gain = line_of(call.gain, call.x.dim);
   mine.bias = line_of(call.bias, call.x.dim);
   mine.load_constants();
   wait_for_previous_kernel();
+  mine.x = row_of(call.x, call.rows == nullptr ? block_index() : call.rows[block_index()]);
   mine.load_row();
   float mean = 0.0f;
   if constexpr (kCentred) {
@@ -210,7 +211,7 @@ void require(bool holds, const char* wanted) {
 
 template <bool kCentred>
 void norm(const char* what, const Norm& call, cudaStream_t stream) {
-  require(call.y.n_rows == call.x.n_rows && call.y.dim == call.x.dim,
+  require(call.y.dim == call.x.dim && (call.rows != nullptr || call.y.n_rows == call.x.n_rows),
           "a norm gives as many values as it takes");
   if (call.y.n_rows <= 0 || call.y.dim <= 0) return;
   Launch how;
@@ -257,13 +258,14 @@ void embed(const Rows& y, const std::int32_t* tokens, const Table& table, cudaSt
   each("embed", y, EmbedTiled{table.tiled, tokens}, stream);
 }
 
-void rms_norm(const Rows& y, const Rows& x, const float* gain, float eps, cudaStream_t stream) {
-  norm<false>("rms_norm", {y, x, gain, nullptr, eps}, stream);
+void rms_norm(const Rows& y, const Rows& x, const std::int32_t* rows, const float* gain, float eps,
+              cudaStream_t stream) {
+  norm<false>("rms_norm", {y, x, rows, gain, nullptr, eps}, stream);
 }
 
 void layer_norm(const Rows& y, const Rows& x, const float* gain, const float* bias, float eps,
                 cudaStream_t stream) {
-  norm<true>("layer_norm", {y, x, gain, bias, eps}, stream);
+  norm<true>("layer_norm", {y, x, nullptr, gain, bias, eps}, stream);
 }
 
 void add_bias(const Rows& y, const float* bias, cudaStream_t stream) {

@@ -28,8 +28,10 @@ struct Table {
 };
 void embed(const Rows& y, const std::int32_t* tokens, const Table& table, cudaStream_t stream);
 
-// y = x / sqrt(mean(x^2) + eps) * gain. y may be x where both are float32.
-void rms_norm(const Rows& y, const Rows& x, const float* gain, float eps, cudaStream_t stream);
+// y[i] = x[rows[i]] / sqrt(mean(x^2) + eps) * gain, rows null: of x[i]; then y may be x where both
+// are float32.
+void rms_norm(const Rows& y, const Rows& x, const std::int32_t* rows, const float* gain, float eps,
+              cudaStream_t stream);
 // y = (x - mean) / sqrt(variance + eps) * gain + bias, the variance around the mean. y may be x
 // where both are float32.
 void layer_norm(const Rows& y, const Rows& x, const float* gain, const float* bias, float eps,

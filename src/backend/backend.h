@@ -48,6 +48,14 @@ struct Experts {
   std::shared_ptr<void> prepared;  // what the backend's prepare() keeps of them
 };
 
+// An RMS norm of rows x into operands: y = x / sqrt(mean(x^2) + eps) * gain. Only products may read
+// y: a backend may leave it to them to finish it.
+struct Norm {
+  Tensor y;
+  const Buffer* gain = nullptr;  // null: none
+  float eps = 0.0f;
+};
+
 // Why linears are stacked. Of gate over up (two of the same size) a backend may mix the rows, since
 // both meet in SwiGLU: only mlp() and experts() take such a matrix.
 enum class Stack : std::uint8_t { kPlain, kGateUp };
@@ -86,19 +94,22 @@ class Backend {
   virtual bool end() = 0;      // false where the step must be begun again: nothing has run
   virtual void abandon() = 0;  // instead of end(), after a call that threw
   virtual void embed(Tensor y, const Matrix& table) = 0;  // of the plan's tokens
-  virtual void norm(Tensor y, Tensor x, const Buffer& gain, float eps) = 0;
+  virtual void norm(Tensor x, const Norm& norm) = 0;
+  virtual void norm_rows(Tensor x, const Norm& norm) = 0;  // of x[plan.rows[i]]
   virtual void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,
                           float eps) = 0;
   virtual void add_bias(Tensor y, const Buffer& bias) = 0;  // to every row; none where it is empty
   virtual void gelu(Tensor y) = 0;                          // in place, by erf
-  virtual void matmul(Tensor y, Tensor x, const Matrix& w) = 0;      // y = x w^T
-  virtual void matmul_add(Tensor y, Tensor x, const Matrix& w) = 0;  // y += x w^T
+  virtual void matmul(Tensor y, Tensor x, const Matrix& w) = 0;  // y = x w^T
+  // y += x w^T, and then a norm of y, if any.
+  virtual void matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) = 0;
   // qkv: [n_tokens, (n_heads + 2 n_kv_heads) * head_dim]. Finishes q in place; k, v go to pages.
   virtual void store_kv(Tensor qkv, const AttentionLayer& layer) = 0;
   virtual void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) = 0;  // y: [n, heads * hd]
-  // y += down(silu(gate x) * up x), and y += shared(x) + routed experts of sigmoid(router x) * x.
-  virtual void mlp(Tensor y, Tensor x, const Mlp& w) = 0;
-  virtual void experts(Tensor y, Tensor x, const Experts& w) = 0;
+  // y += down(silu(gate x) * up x), and y += shared(x) + routed experts of sigmoid(router x) * x,
+  // and then a norm of y, if any; its y may be x.
+  virtual void mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) = 0;
+  virtual void experts(Tensor y, Tensor x, const Experts& w, const Norm& then) = 0;
   virtual void select_rows(Tensor y, Tensor x) = 0;           // y[i] = x[plan.rows[i]]
   virtual void upload_rows(Tensor y, const float* rows) = 0;  // [n_rows, dim] float32
   virtual void download(float* out, Tensor x) = 0;            // [n_rows, dim] float32, waits

@@ -79,9 +79,14 @@ void TimedBackend::embed(Tensor y, const Matrix& table) {
   called([] { return "embed"; });
 }
 
-void TimedBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
-  backend_->norm(y, x, gain, eps);
+void TimedBackend::norm(Tensor x, const Norm& norm) {
+  backend_->norm(x, norm);
   called([] { return "norm"; });
+}
+
+void TimedBackend::norm_rows(Tensor x, const Norm& norm) {
+  backend_->norm_rows(x, norm);
+  called([] { return "norm_rows"; });
 }
 
 void TimedBackend::layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias,
@@ -105,8 +110,8 @@ void TimedBackend::matmul(Tensor y, Tensor x, const Matrix& w) {
   called([&] { return product("matmul", w); });
 }
 
-void TimedBackend::matmul_add(Tensor y, Tensor x, const Matrix& w) {
-  backend_->matmul_add(y, x, w);
+void TimedBackend::matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) {
+  backend_->matmul_add(y, x, w, then);
   called([&] { return product("matmul_add", w); });
 }
 
@@ -120,13 +125,13 @@ void TimedBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   called([&] { return of_kind("attend", layer); });
 }
 
-void TimedBackend::mlp(Tensor y, Tensor x, const Mlp& w) {
-  backend_->mlp(y, x, w);
+void TimedBackend::mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) {
+  backend_->mlp(y, x, w, then);
   called([] { return "mlp"; });
 }
 
-void TimedBackend::experts(Tensor y, Tensor x, const Experts& w) {
-  backend_->experts(y, x, w);
+void TimedBackend::experts(Tensor y, Tensor x, const Experts& w, const Norm& then) {
+  backend_->experts(y, x, w, then);
   called([] { return "experts"; });
 }
 

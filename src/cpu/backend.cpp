@@ -85,16 +85,26 @@ class CpuBackend final : public Backend {
   bool end() override { return true; }
   void abandon() override {}
   void embed(Tensor y, const Matrix& table) override;
-  void norm(Tensor y, Tensor x, const Buffer& gain, float eps) override;
+  void norm(Tensor x, const Norm& norm) override;
+  void norm_rows(Tensor x, const Norm& norm) override;
   void layer_norm(Tensor y, Tensor x, const Buffer& gain, const Buffer& bias, float eps) override;
   void add_bias(Tensor y, const Buffer& bias) override;
   void gelu(Tensor y) override;
   void matmul(Tensor y, Tensor x, const Matrix& w) override { multiply(y, x, w, false); }
-  void matmul_add(Tensor y, Tensor x, const Matrix& w) override { multiply(y, x, w, true); }
+  void matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) override {
+    multiply(y, x, w, true);
+    norm(y, then);
+  }
   void store_kv(Tensor qkv, const AttentionLayer& layer) override;
   void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
-  void mlp(Tensor y, Tensor x, const Mlp& w) override { feed_forward_.mlp(y, x, w); }
-  void experts(Tensor y, Tensor x, const Experts& w) override { feed_forward_.experts(y, x, w); }
+  void mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) override {
+    feed_forward_.mlp(y, x, w);
+    norm(y, then);
+  }
+  void experts(Tensor y, Tensor x, const Experts& w, const Norm& then) override {
+    feed_forward_.experts(y, x, w);
+    norm(y, then);
+  }
   void select_rows(Tensor y, Tensor x) override;
   void upload_rows(Tensor y, const float* rows) override;
   void download(float* out, Tensor x) override;
@@ -107,6 +117,7 @@ class CpuBackend final : public Backend {
     return layer.local ? plan_->local : plan_->global;
   }
   void multiply(Tensor y, Tensor x, const Matrix& w, bool accumulate);
+  void norm_row(const float* x, std::int64_t row, const Norm& norm);  // into `row` of its y
   template <class RowTask>
   void for_rows(std::int64_t n_rows, std::int64_t values_per_row, RowTask task);
   void plan_attention(Tensor y, Tensor qkv, const AttentionLayer& layer);
@@ -146,10 +157,19 @@ void CpuBackend::embed(Tensor y, const Matrix& table) {
   });
 }
 
-void CpuBackend::norm(Tensor y, Tensor x, const Buffer& gain, float eps) {
-  const auto* gains = static_cast<const float*>(gain.data.get());
-  for_rows(x.n_rows, x.dim, [&](std::int64_t row) {
-    work_.kernels.norm_row(row_of(y, row), row_of(x, row), gains, x.dim, eps);
+void CpuBackend::norm_row(const float* x, std::int64_t row, const Norm& norm) {
+  const auto* gain = static_cast<const float*>(norm.gain->data.get());
+  work_.kernels.norm_row(row_of(norm.y, row), x, gain, norm.y.dim, norm.eps);
+}
+
+void CpuBackend::norm(Tensor x, const Norm& norm) {
+  if (norm.gain == nullptr) return;
+  for_rows(x.n_rows, x.dim, [&](std::int64_t row) { norm_row(row_of(x, row), row, norm); });
+}
+
+void CpuBackend::norm_rows(Tensor x, const Norm& norm) {
+  for_rows(norm.y.n_rows, x.dim, [&](std::int64_t row) {
+    norm_row(row_of(x, plan_->rows[static_cast<std::size_t>(row)]), row, norm);
   });
 }
 

@@ -40,7 +40,6 @@ void Llama4::start(const StepPlan& plan, std::span<const EmbeddingRun> features)
   rows.h = rows_of(normed_, n_tokens, config_.dim, Role::kOperand);
   rows.qkv = rows_of(qkv_, n_tokens, config_.qkv_dim(), Role::kSum);
   rows.a = rows_of(attended_, n_tokens, config_.n_heads * config_.head_dim, Role::kOperand);
-  rows.last = rows_of(last_, n_rows, config_.dim, Role::kSum);
   rows.logits = rows_of(logits_, n_rows, config_.vocab_size, Role::kSum);
   run_step(backend_, plan, [&] { run(rows, features); });
 }
@@ -53,34 +52,34 @@ void Llama4::download_logits(std::int64_t first_row, std::int64_t n_rows, float*
 
 void Llama4::run(const Rows& rows, std::span<const EmbeddingRun> features) {
   const Tensor x = rows.x, h = rows.h;
+  const std::vector<LayerWeights>& layers = weights_.layers();
+  const auto norm_by = [&](const Buffer& gain) { return Norm{h, &gain, config_.rms_norm_eps}; };
   backend_.embed(x, weights_.embedding());
   for (const EmbeddingRun& run : features) {
     backend_.upload_rows(slice(x, run.first_row, run.n_rows, backend_.element_bytes(x.role)),
                          run.values);
   }
-  for (std::size_t i = 0; i < weights_.layers().size(); ++i) {
-    const LayerWeights& layer = weights_.layers()[i];
-
-    backend_.norm(h, x, layer.input_norm, config_.rms_norm_eps);
+  backend_.norm(x, norm_by(layers.front().input_norm));
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const LayerWeights& layer = layers[i];
     backend_.matmul(rows.qkv, h, *layer.qkv);
     backend_.store_kv(rows.qkv, attention_[i]);
     backend_.attend(rows.a, rows.qkv, attention_[i]);
-    backend_.matmul_add(x, rows.a, *layer.o);
+    backend_.matmul_add(x, rows.a, *layer.o, norm_by(layer.post_norm));
 
-    backend_.norm(h, x, layer.post_norm, config_.rms_norm_eps);
+    const Norm next = i + 1 < layers.size() ? norm_by(layers[i + 1].input_norm) : Norm{};
     if (layer.experts) {
-      backend_.experts(x, h, *layer.experts);
+      backend_.experts(x, h, *layer.experts, next);
     } else {
-      backend_.mlp(x, h, *layer.dense);
+      backend_.mlp(x, h, *layer.dense, next);
     }
   }
-  if (rows.last.n_rows == 0) return;
+  if (rows.logits.n_rows == 0) return;
 
   // The head is the largest matrix: only rows somebody asked for go through it.
-  const Tensor normed = slice(h, 0, rows.last.n_rows, 0);
-  backend_.select_rows(rows.last, x);
-  backend_.norm(normed, rows.last, weights_.final_norm(), config_.rms_norm_eps);
-  backend_.matmul(rows.logits, normed, weights_.head());
+  const Tensor last = slice(h, 0, rows.logits.n_rows, 0);
+  backend_.norm_rows(x, {last, &weights_.final_norm(), config_.rms_norm_eps});
+  backend_.matmul(rows.logits, last, weights_.head());
   backend_.find_top(rows.logits);
 }
 
@@ -91,8 +90,7 @@ std::size_t Llama4::workspace_bytes(std::int64_t n_tokens) const {
   };
   // As many sequences as run at once sample a row each.
   const std::int64_t n_rows = std::min<std::int64_t>(n_tokens, kSampledRows);
-  const std::int64_t of_row = config_.dim + config_.vocab_size;
-  return static_cast<std::size_t>(n_rows * of_row) * sizeof(float) +
+  return static_cast<std::size_t>(n_rows * config_.vocab_size) * sizeof(float) +
          bytes(config_.dim, Role::kSum) + bytes(config_.dim, Role::kOperand) +
          bytes(config_.qkv_dim(), Role::kSum) +
          bytes(config_.n_heads * config_.head_dim, Role::kOperand);

@@ -36,7 +36,7 @@ class Llama4 {
   // The activations of one step.
   struct Rows {
     Tensor x, h, qkv, a;  // of its tokens: hidden, normed, projected, attended
-    Tensor last, logits;  // of its plan's rows
+    Tensor logits;        // of its plan's rows
   };
   void run(const Rows& rows, std::span<const EmbeddingRun> features);
   Tensor rows_of(Buffer& buffer, std::int64_t n_rows, std::int64_t dim, Role role);
@@ -46,7 +46,7 @@ class Llama4 {
   const Weights& weights_;
   std::vector<AttentionLayer> attention_;  // [n_layers]
   Rows rows_;                              // of the step started last
-  Buffer hidden_, normed_, qkv_, attended_, last_, logits_;
+  Buffer hidden_, normed_, qkv_, attended_, logits_;
 };
 
 }  // namespace camelid

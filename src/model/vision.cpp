@@ -239,7 +239,7 @@ void VisionTower::embed(const Rows& rows, const float* pixels) {
   }
   backend_.upload_rows(rows.x, start_.data());
   const Tensor of_patches = reshape(backend_, rows.x, c.n_patches(), c.dim);
-  backend_.matmul_add(of_patches, patches, *patch_);
+  backend_.matmul_add(of_patches, patches, *patch_, {});
   backend_.layer_norm(rows.x, rows.x, norm_pre_.gain, norm_pre_.bias, kNormEps);
 }
 
@@ -252,7 +252,7 @@ void VisionTower::run_layer(const Rows& rows, const Layer& layer) {
   backend_.add_bias(rows.qkv, layer.qkv.bias);
   backend_.store_kv(rows.qkv, attention);
   backend_.attend(rows.attended, rows.qkv, attention);
-  backend_.matmul_add(rows.x, rows.attended, *layer.o.w);
+  backend_.matmul_add(rows.x, rows.attended, *layer.o.w, {});
   backend_.add_bias(rows.x, layer.o.bias);
 
   const Tensor wide = reshape(backend_, rows.wide, config_.n_rows(), config_.ffn_dim);
@@ -260,7 +260,7 @@ void VisionTower::run_layer(const Rows& rows, const Layer& layer) {
   backend_.matmul(wide, rows.h, *layer.fc1.w);
   backend_.add_bias(wide, layer.fc1.bias);
   backend_.gelu(wide);
-  backend_.matmul_add(rows.x, wide, *layer.fc2.w);
+  backend_.matmul_add(rows.x, wide, *layer.fc2.w, {});
   backend_.add_bias(rows.x, layer.fc2.bias);
 }
 

@@ -48,8 +48,9 @@ int case_embed_tiled(const CaseRows* y, const std::int32_t* tokens, const CaseTa
   });
 }
 
-int case_rms_norm(const CaseRows* y, const CaseRows* x, const float* gain, float eps) {
-  return caught([&] { rms_norm(rows_of(*y), rows_of(*x), gain, eps, stream); });
+int case_rms_norm(const CaseRows* y, const CaseRows* x, const std::int32_t* rows, const float* gain,
+                  float eps) {
+  return caught([&] { rms_norm(rows_of(*y), rows_of(*x), rows, gain, eps, stream); });
 }
 
 int case_layer_norm(const CaseRows* y, const CaseRows* x, const float* gain, const float* bias,

@@ -117,7 +117,7 @@ def test_rms_norm(device: Device, dim: int, element: int) -> None:
     rng = np.random.default_rng(dim)
     x, gain = floats(rng, 3, dim) * [[1], [1e-4], [1e4]], floats(rng, dim)
     at, y = put_rows(device, x), empty_rows(device, 3, dim, element)
-    device.call("case_rms_norm", y.c, at.c, device.put(gain), ctypes.c_float(EPS))
+    device.call("case_rms_norm", y.c, at.c, None, device.put(gain), ctypes.c_float(EPS))
     exact, allowed = exact_rms(x, gain)
     assert_within(y.read(), exact, allowed + rounding_of(y, exact))
 
@@ -145,7 +145,8 @@ def test_norm_in_place_alone_and_where_rows_lie_askew_gives_the_same_bits(
 ) -> None:
     rng = np.random.default_rng(dim)
     x, gain, bias = floats(rng, 2, dim), floats(rng, dim), floats(rng, dim)
-    weights = [device.put(gain)] + ([device.put(bias)] if kind == "layer_norm" else [])
+    places: list[Any] = [device.put(gain), device.put(bias)]
+    weights = places if kind == "layer_norm" else [None, places[0]]
     results = []
     for seed, padding, offset in [(0, 4, 0), (1, 4, 0), (2, 3, 0), (5, 4, 1)]:
         device.arrange(seed=seed)
@@ -159,12 +160,24 @@ def test_norm_in_place_alone_and_where_rows_lie_askew_gives_the_same_bits(
     np.testing.assert_array_equal(alone.read()[0], results[0][1])
 
 
+@pytest.mark.small
+def test_rms_norm_of_some_rows(device: Device) -> None:
+    rng = np.random.default_rng(1)
+    x, gain = floats(rng, 5, 136), floats(rng, 136)
+    rows = np.array([4, 0, 0, 2], np.int32)
+    at, y = put_rows(device, x), empty_rows(device, len(rows), 136, BF16_ROWS)
+    places = device.put(rows)
+    device.call("case_rms_norm", y.c, at.c, places, device.put(gain), ctypes.c_float(EPS))
+    exact, allowed = exact_rms(x[rows], gain)
+    assert_within(y.read(), exact, allowed + rounding_of(y, exact))
+
+
 def test_norm_of_bf16_rows(device: Device) -> None:
     rng = np.random.default_rng(0)
     x, gain = floats(rng, 2, 72), floats(rng, 72)
     for padding in (4, 3):
         at, y = put_rows(device, x, BF16_ROWS, padding=padding), empty_rows(device, 2, 72)
-        device.call("case_rms_norm", y.c, at.c, device.put(gain), ctypes.c_float(EPS))
+        device.call("case_rms_norm", y.c, at.c, None, device.put(gain), ctypes.c_float(EPS))
         exact, allowed = exact_rms(from_bf16(bf16(x)), gain)
         assert_within(y.read(), exact, allowed)
 
@@ -174,7 +187,7 @@ def test_norm_keeps_what_is_not_finite_in_its_row(device: Device, bad: float) ->
     x = np.ones((3, 100), np.float32)
     x[1, 77] = bad
     gain = device.put(np.ones(100, np.float32))
-    for kind, weights in (("rms_norm", [gain]), ("layer_norm", [gain, gain])):
+    for kind, weights in (("rms_norm", [None, gain]), ("layer_norm", [gain, gain])):
         at, y = put_rows(device, x), empty_rows(device, 3, 100)
         device.call(f"case_{kind}", y.c, at.c, *weights, ctypes.c_float(EPS))
         found = y.read()
@@ -274,7 +287,7 @@ def test_embedding_from_gates_and_ups_is_refused(device: Device) -> None:
 # ---- no rows ----
 def test_no_rows_are_no_work(device: Device) -> None:
     none, gain = empty_rows(device, 0, 16), device.put(np.ones(16, np.float32))
-    device.call("case_rms_norm", none.c, none.c, gain, ctypes.c_float(EPS))
+    device.call("case_rms_norm", none.c, none.c, None, gain, ctypes.c_float(EPS))
     device.call("case_layer_norm", none.c, none.c, gain, gain, ctypes.c_float(EPS))
     device.call("case_add_bias", none.c, gain)
     device.call("case_gelu", none.c)
@@ -286,4 +299,4 @@ def test_norm_of_another_width_is_refused(device: Device) -> None:
     x, y = empty_rows(device, 2, 16), empty_rows(device, 2, 8)
     gain = device.put(np.ones(16, np.float32))
     with pytest.raises(DeviceError, match="as many values as it takes"):
-        device.call("case_rms_norm", y.c, x.c, gain, ctypes.c_float(EPS))
+        device.call("case_rms_norm", y.c, x.c, None, gain, ctypes.c_float(EPS))

@@ -30,11 +30,11 @@ def test_calls_of_a_step_are_named_in_order(folder: Path) -> None:
     assert all(us >= 0 for _, us in calls)
     names = [name for name, _ in calls]
     assert names[:3] == ["begin", "embed", "norm"]
-    layer = [name.split()[0] for name in names[2:9]]
-    assert layer[:6] == ["norm", "matmul", "store_kv", "attend", "matmul_add", "norm"]
-    assert layer[6] in ("experts", "mlp")
+    layer = [name.split()[0] for name in names[3:8]]
+    assert layer[:4] == ["matmul", "store_kv", "attend", "matmul_add"]
+    assert layer[4] in ("experts", "mlp")
     assert names[4].split()[1] in ("local", "global")
-    assert [name.split()[0] for name in names[-4:]] == ["select_rows", "norm", "matmul", "find_top"]
+    assert [name.split()[0] for name in names[-3:]] == ["norm_rows", "matmul", "find_top"]
 
 
 def test_a_step_is_measured_as_a_whole_once_for_each(folder: Path) -> None:
