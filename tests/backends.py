@@ -199,6 +199,11 @@ def n_downloads() -> int:
     return _emulator().emulated_downloads()
 
 
+def n_launches() -> int:
+    """Return how many kernels were launched on the emulated GPU, or recorded."""
+    return _emulator().emulated_launches()
+
+
 def _emulator() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_core))
     library.emulated_seed.argtypes = [ctypes.c_uint64]
@@ -206,4 +211,5 @@ def _emulator() -> ctypes.CDLL:
     library.emulated_memory_bytes.restype = ctypes.c_size_t
     library.emulated_taken_bytes.restype = ctypes.c_size_t
     library.emulated_downloads.restype = ctypes.c_size_t
+    library.emulated_launches.restype = ctypes.c_size_t
     return library

@@ -34,4 +34,5 @@ void emulated_memory(std::size_t bytes) { settings.memory_bytes = bytes; }
 std::size_t emulated_memory_bytes() { return settings.memory_bytes; }
 std::size_t emulated_taken_bytes() { return settings.taken_bytes; }
 std::size_t emulated_downloads() { return settings.n_downloads; }
+std::size_t emulated_launches() { return settings.n_launches; }
 }

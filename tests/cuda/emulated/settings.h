@@ -14,6 +14,7 @@ struct Settings {
   std::size_t taken_bytes = 0;
   bool can_record = true;
   std::size_t n_downloads = 0;
+  std::size_t n_launches = 0;
 };
 extern Settings settings;
 
@@ -22,6 +23,7 @@ inline int compute_capability() { return settings.compute_capability; }
 inline std::size_t shared_memory_limit() { return settings.most_shared_bytes; }
 inline bool can_record() { return settings.can_record; }
 inline void count_download() { ++settings.n_downloads; }
+inline void count_launch() { ++settings.n_launches; }
 
 // Of the device's memory. Throws kCapacity.
 void take_bytes(std::size_t bytes);
@@ -41,5 +43,7 @@ void emulated_recording(int works);      // whether graphs can be made: 1 unless
 void emulated_memory(std::size_t bytes);
 std::size_t emulated_memory_bytes();
 std::size_t emulated_taken_bytes();
-std::size_t emulated_downloads();  // copies to the host, since the start
+// Since the start: copies to the host, and kernels that were launched or recorded.
+std::size_t emulated_downloads();
+std::size_t emulated_launches();
 }

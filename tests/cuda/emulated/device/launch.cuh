@@ -176,6 +176,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
             Arguments&&... arguments) {
   using Call = emulated::Call<Parameters...>;
+  emulated::count_launch();
   const Call call{kernel, {static_cast<Parameters>(arguments)...}};
   emulated::submit(
       [=] {
