@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -149,31 +150,47 @@ struct Launch {
   cudaStream_t stream = nullptr;
   bool together = false;  // all blocks run at once, so that they may wait for one another
   // May start while the kernel before it ends, on Hopper: it calls wait_for_previous_kernel()
-  // before it touches anything that kernel writes or reads.
+  // before it touches anything that kernel writes or reads. Both at once cannot lock up: whoever
+  // comes after it starts when all its blocks run, and whoever came before waits for nobody.
   bool overlaps = false;
 };
+
+// Whether a driver takes both at once, which is written nowhere: the first launch finds out.
+inline std::atomic<bool> takes_both{true};
 
 // Launches kernel(args...) and throws where the launch itself fails; nothing is waited for.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
             Arguments&&... arguments) {
   allow_shared_memory(kernel, how.shared_bytes);
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute attributes[2]{};
+  unsigned n = 0;
   if (how.together) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    attributes[n].id = cudaLaunchAttributeCooperative;
+    attributes[n++].val.cooperative = 1;
+  }
+  if (how.overlaps && can_overlap() && (n == 0 || takes_both)) {
+    attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[n++].val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
-  config.attrs = &attribute;
-  config.numAttrs = how.together || (how.overlaps && can_overlap()) ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+  config.attrs = attributes;
+  config.numAttrs = n;
+  const auto start = [&] {
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  };
+  cudaError_t status = start();
+  if (status != cudaSuccess && n == 2) {
+    cudaGetLastError();
+    takes_both = false;
+    config.numAttrs = 1;
+    status = start();
+  }
+  check(status, what);
 }
 
 }  // namespace camelid::cuda

@@ -100,7 +100,7 @@ void launch_stream(const char* name, void (*kernel)(Parameters...), bool togethe
   how.shared_bytes = kStreamBytes<Shape, Header>;
   how.stream = stream;
   how.together = together;
-  how.overlaps = !together;
+  how.overlaps = true;
   launch(name, kernel, how, std::forward<Arguments>(arguments)...);
 }
 
