@@ -49,6 +49,7 @@ _STREAM = (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88
 MEANT = {
     "run_matmul_few": _STREAM,
     "run_experts_few": _STREAM,
+    "run_project_kv": _STREAM,
     "run_matmul_plain": (r"HMMA\.16816\.F32\.BF16", r"LDSM"),
     "run_attention_few": _STREAM[:2],
     "run_attention_few.*KvFormatE0": (_STREAM[2], r"LDSM\.16\.MT88\.4"),  # bf16

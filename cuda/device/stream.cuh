@@ -88,8 +88,11 @@ struct StreamShape {
 template <class Header>
 constexpr std::size_t kStreamHeaderBytes = (sizeof(Header) + 255) / 256 * 256;
 
-// What the headers of all kernels have, beside the lists.
+// What the headers of all kernels have, beside the lists. A kernel may have its own completed(),
+// which the whole block calls when the sums of 128 rows of a list are written.
 struct StreamHeader {
+  __device__ void completed(int /*list*/, int /*row_block*/) {}
+
   float factors[kMostStreamTokens];                // of tokens: find_norm_factors
   float squares[kStreamWarps][kMostStreamTokens];  // of tokens, of a warp's rows
   unsigned flag;
@@ -417,6 +420,7 @@ class Stream {
       }
     }
     if (norm_follows) add_squares(list, first, n);
+    header().completed(now_.list, now_.row_block);
   }
 
   __device__ static std::int64_t row_of_y(const List& list, int token) {

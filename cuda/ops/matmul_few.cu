@@ -1,8 +1,7 @@
 // The kernel is the stream of device/stream.cuh over a list of one matrix.
 #include "ops/matmul_few.h"
 
-#include "device/stream.cuh"
-#include "ops/stream_launch.cuh"
+#include "ops/matmul_few.cuh"
 
 namespace camelid::cuda {
 namespace {
@@ -16,24 +15,7 @@ template <class Shape>
 __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
     run_matmul_few(const __grid_constant__ MatmulFew call, const Parts parts) {
   auto& header = *reinterpret_cast<Header*>(shared_memory());
-  if (thread_index() == 0) {
-    List& list = header.lists[0];
-    list = {};
-    list.table = &call.w.at;
-    list.starts = header.starts;
-    list.x = call.x;
-    list.y = call.y;
-    list.x_stride = call.x_stride;
-    list.y_stride = call.y_stride;
-    list.shape = call.w.shape;
-    list.output = call.output;
-    list.factors = header.factors;
-    list.norm = call.norm_of_y;
-    list.n_tasks = 1;
-    header.starts[0] = 0;
-    header.starts[1] = call.n_tokens;
-    deal_list(list);
-  }
+  if (thread_index() == 0) set_only_list(header, call);
   sync_block();
   Stream<Shape, Header> stream(parts);
   stream.prefetch(1);
@@ -47,29 +29,17 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
 
 constexpr const char* kName = "matmul of few tokens";
 
-void check_call(const MatmulFew& call) {
-  const TileShape& shape = call.w.shape;
-  require(call.n_tokens > 0, kName, "there are no fewer than 0 tokens");
-  check_shape(kName, shape);
-  check_tiles(kName, call.w.at);
-  check_rows(kName, "x", call.x, shape.inputs, call.x_stride);
-  check_output(kName, call.output, shape.rows, shape.order, call.y, call.y_stride);
-  check_norm(kName, call.norm_of_y, call.output, shape.rows);
-  require(call.norm_of_x.squares == nullptr || call.norm_of_y.gain == nullptr, kName,
-          "one call begins a norm or finishes one");
-}
-
 }  // namespace
 
 WorkspaceNeed matmul_few_needs(const TileShape& shape, int n_tokens) {
   return {stream_sum_bytes<Header>(kName, shape, n_tokens,
                                    []<class Shape>(Shape) { return run_matmul_few<Shape>; }),
-          static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps)) + 1};
+          n_counters_of(shape)};
 }
 
 void matmul_few(const MatmulFew& call, const Workspace& workspace, cudaStream_t stream) {
   if (call.n_tokens == 0) return;
-  check_call(call);
+  check_matmul_few(kName, call);
   check_workspace(kName, workspace, matmul_few_needs(call.w.shape, call.n_tokens));
   const int at_once = tokens_at_once<Header>(call.w.shape, call.n_tokens);
   const Parts parts = {reinterpret_cast<float4*>(workspace.sums), workspace.counters + 1};

@@ -60,8 +60,16 @@ int stream_blocks(const char* name, void (*kernel)(Parameters...), int most) {
   return most > 0 && most < fit ? most : fit;
 }
 
-// Bytes of the sums that blocks leave each other, in calls of up to n_tokens: kernel_of(Shape{})
-// is the instance for a shape.
+// Bytes of the sums that the blocks of a kernel leave each other.
+template <class Shape, class Header, typename... Parameters>
+std::size_t sum_bytes_of(const char* name, void (*kernel)(Parameters...)) {
+  const int blocks = stream_blocks<Shape, Header>(name, kernel, 0);
+  return static_cast<std::size_t>(blocks) * kPartPlaces * kStreamThreads * sizeof(float4) *
+         Shape::kTokenTiles;
+}
+
+// The same of the kernels for calls of up to n_tokens: kernel_of(Shape{}) is the instance for a
+// shape.
 template <class Header, class KernelOf>
 std::size_t stream_sum_bytes(const char* name, const TileShape& shape, int n_tokens,
                              const KernelOf& kernel_of) {
@@ -69,9 +77,7 @@ std::size_t stream_sum_bytes(const char* name, const TileShape& shape, int n_tok
   std::size_t bytes = 0;
   for (int tokens = kTokenTile; tokens <= at_once; tokens *= 2) {
     const std::size_t wanted = with_stream_shape(shape, tokens, [&]<class Shape>(Shape each) {
-      const int blocks = stream_blocks<Shape, Header>(name, kernel_of(each), 0);
-      return static_cast<std::size_t>(blocks) * kPartPlaces * kStreamThreads * sizeof(float4) *
-             Shape::kTokenTiles;
+      return sum_bytes_of<Shape, Header>(name, kernel_of(each));
     });
     bytes = bytes < wanted ? wanted : bytes;
   }

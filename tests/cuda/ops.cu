@@ -9,6 +9,7 @@
 #include "ops/experts_few.h"
 #include "ops/matmul_few.h"
 #include "ops/matmul_plain.h"
+#include "ops/project_kv.h"
 
 using namespace camelid::cuda;
 
@@ -123,23 +124,46 @@ void matmul_few_need(const CaseShape* s, int n_tokens, std::int64_t* need) {
   need[1] = static_cast<std::int64_t>(n.n_counters);
 }
 
+static MatmulFew matmul_of(const CaseShape& s, const void* tiles, const void* scales, const void* x,
+                           int n_tokens, int x_stride, void* y, int y_stride, int output) {
+  MatmulFew call;
+  call.w = {shape_of(s),
+            {static_cast<const std::byte*>(tiles), static_cast<const std::byte*>(scales)}};
+  call.x = static_cast<const std::uint16_t*>(x);
+  call.n_tokens = n_tokens;
+  call.x_stride = x_stride;
+  call.y = y;
+  call.y_stride = y_stride;
+  call.output = static_cast<Output>(output);
+  call.norm_of_x = std::exchange(norm_of_x, {});
+  call.norm_of_y = std::exchange(norm_of_y, {});
+  call.most_blocks = most_blocks;
+  return call;
+}
+
 int run_matmul_few(const CaseShape* s, const void* tiles, const void* scales, const void* x,
                    int n_tokens, int x_stride, void* y, int y_stride, int output, void* sums,
                    std::int64_t sum_bytes, void* counters, std::int64_t n_counters) {
   return caught([&] {
-    MatmulFew call;
-    call.w = {shape_of(*s),
-              {static_cast<const std::byte*>(tiles), static_cast<const std::byte*>(scales)}};
-    call.x = static_cast<const std::uint16_t*>(x);
-    call.n_tokens = n_tokens;
-    call.x_stride = x_stride;
-    call.y = y;
-    call.y_stride = y_stride;
-    call.output = static_cast<Output>(output);
-    call.norm_of_x = std::exchange(norm_of_x, {});
-    call.norm_of_y = std::exchange(norm_of_y, {});
-    call.most_blocks = most_blocks;
-    matmul_few(call,
+    matmul_few(matmul_of(*s, tiles, scales, x, n_tokens, x_stride, y, y_stride, output),
+               {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
+                static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
+               stream);
+  });
+}
+
+void project_kv_need(const CaseShape* s, std::int64_t* need) {
+  const WorkspaceNeed n = project_kv_needs(shape_of(*s));
+  need[0] = static_cast<std::int64_t>(n.sum_bytes);
+  need[1] = static_cast<std::int64_t>(n.n_counters);
+}
+
+int run_project_kv(const CaseKv* kv, const CaseShape* s, const void* tiles, const void* scales,
+                   const void* x, int n_tokens, int x_stride, void* y, int y_stride, int output,
+                   void* sums, std::int64_t sum_bytes, void* counters, std::int64_t n_counters) {
+  return caught([&] {
+    project_kv(matmul_of(*s, tiles, scales, x, n_tokens, x_stride, y, y_stride, output),
+               store_of(*kv),
                {static_cast<std::byte*>(sums), static_cast<std::size_t>(sum_bytes),
                 static_cast<unsigned*>(counters), static_cast<std::size_t>(n_counters)},
                stream);

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "case.h"
+#include "case_shapes.h"
 #include "layout/e4m3.h"
 #include "ops/rows.h"
 #include "ops/scatter.h"
@@ -72,40 +73,8 @@ int case_copy_rows(const CaseRows* y, const CaseRows* x, const std::int32_t* row
 
 // ---- keys and values ----
 
-struct CaseKv {
-  void* base;
-  std::int32_t page_size, n_layers, n_kv_heads, head_dim, format;
-  std::int32_t kv_layer, n_heads, n_tokens, qk_norm;
-  float eps;
-  const void* qkv;
-  std::int64_t qkv_stride;
-  void* q;
-  std::int64_t q_stride;
-  const void *places, *rotation, *query_scale;
-};
-
-static KvShape kv_shape_of(const CaseKv& c) {
-  return {c.page_size, c.n_layers, c.n_kv_heads, c.head_dim, static_cast<KvFormat>(c.format)};
-}
-
 int case_store_kv(const CaseKv* c) {
-  return caught([&] {
-    StoreKv call;
-    call.pool = {static_cast<std::byte*>(c->base), kv_shape_of(*c)};
-    call.kv_layer = c->kv_layer;
-    call.n_heads = c->n_heads;
-    call.n_tokens = c->n_tokens;
-    call.qkv = static_cast<const float*>(c->qkv);
-    call.qkv_stride = c->qkv_stride;
-    call.q = static_cast<std::uint16_t*>(c->q);
-    call.q_stride = c->q_stride;
-    call.places = static_cast<const KvPlace*>(c->places);
-    call.rotation = static_cast<const float*>(c->rotation);
-    call.qk_norm = c->qk_norm != 0;
-    call.eps = c->eps;
-    call.query_scale = static_cast<const float*>(c->query_scale);
-    store_kv(call, stream);
-  });
+  return caught([&] { store_kv(store_of(*c), stream); });
 }
 
 // sizes: bytes of a page, of a side, of a row, and from a side to its scales.
