@@ -7,7 +7,6 @@
 #include "base/error.h"
 #include "host/stream_clock.h"
 #include "ops/attention.h"
-#include "ops/store_kv.h"
 #include "ops/top_logits.h"
 #include "sm90/attention_many.h"
 
@@ -206,7 +205,7 @@ void CudaBackend::matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& th
   products_.multiply_add(y, x, on_device(w), then);
 }
 
-void CudaBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
+StoreKv CudaBackend::store_of(const Tensor& qkv, const AttentionLayer& layer) {
   const KindArrays& kind = step_.kind(layer.local);
   StoreKv call;
   call.pool = kind.pool;
@@ -223,7 +222,15 @@ void CudaBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
   call.qk_norm = layer.qk_norm;
   call.eps = layer.eps;
   if (layer.scale_queries) call.query_scale = step_.query_scale();
-  cuda::store_kv(call, gpu_.stream);
+  return call;
+}
+
+void CudaBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
+  cuda::store_kv(store_of(qkv, layer), gpu_.stream);
+}
+
+void CudaBackend::project_kv(Tensor qkv, Tensor x, const Matrix& w, const AttentionLayer& layer) {
+  products_.project(qkv, x, on_device(w), store_of(qkv, layer));
 }
 
 void CudaBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {

@@ -19,6 +19,7 @@
 #include "host/products.h"
 #include "host/recordings.h"
 #include "host/step_arrays.h"
+#include "ops/store_kv.h"
 
 namespace camelid::cuda {
 
@@ -56,6 +57,7 @@ class CudaBackend final : public Backend {
   void matmul(Tensor y, Tensor x, const Matrix& w) override;
   void matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) override;
   void store_kv(Tensor qkv, const AttentionLayer& layer) override;
+  void project_kv(Tensor qkv, Tensor x, const Matrix& w, const AttentionLayer& layer) override;
   void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
   void mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) override;
   void experts(Tensor y, Tensor x, const Experts& w, const Norm& then) override;
@@ -67,6 +69,7 @@ class CudaBackend final : public Backend {
   std::vector<camelid::TopLogits> top() override;
 
  private:
+  StoreKv store_of(const Tensor& qkv, const AttentionLayer& layer);
   void use() const { use_gpu(ordinal_); }  // callers come from any thread
   Reservation& reservation_of(void* data);
   std::size_t backed_bytes() const;  // of all reservations

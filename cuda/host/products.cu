@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ops/matmul_plain.h"
+#include "ops/project_kv.h"
 #include "sm90/grouped.h"
 #include "sm90/matmul_dense.h"
 
@@ -74,6 +75,17 @@ NormEnd Products::end_norm(const Tensor& x, const DeviceMatrix& w) {
   return {};
 }
 
+MatmulFew Products::few(void* to, const Tensor& y, const Tensor& x, const Segment& segment) {
+  MatmulFew call;
+  call.w = segment.tiled;
+  call.x = static_cast<const std::uint16_t*>(x.data);
+  call.n_tokens = static_cast<std::int32_t>(x.n_rows);
+  call.x_stride = static_cast<std::int32_t>(x.row_stride);
+  call.y = to;
+  call.y_stride = static_cast<std::int32_t>(y.row_stride);
+  return call;
+}
+
 void Products::multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output,
                         const NormEnd& norm_of_x, const NormStart& norm_of_y) {
   const std::size_t element = y.role == Role::kSum ? sizeof(float) : sizeof(std::uint16_t);
@@ -85,13 +97,7 @@ void Products::multiply(const Tensor& y, const Tensor& x, const Segment& segment
   }
   const TileShape& shape = segment.tiled.shape;
   if (x.n_rows <= kMostFewTokens) {
-    MatmulFew call;
-    call.w = segment.tiled;
-    call.x = static_cast<const std::uint16_t*>(x.data);
-    call.n_tokens = static_cast<std::int32_t>(x.n_rows);
-    call.x_stride = static_cast<std::int32_t>(x.row_stride);
-    call.y = to;
-    call.y_stride = static_cast<std::int32_t>(y.row_stride);
+    MatmulFew call = few(to, y, x, segment);
     call.output = output;
     call.norm_of_x = norm_of_x;
     call.norm_of_y = norm_of_y;
@@ -114,6 +120,20 @@ void Products::multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w)
   const Output output = y.role == Role::kSum ? Output::kStore : Output::kStoreBf16;
   const NormEnd norm_of_x = end_norm(x, w);
   for (const Segment& segment : w.segments) multiply(y, x, segment, output, norm_of_x);
+}
+
+void Products::project(const Tensor& qkv, const Tensor& x, const DeviceMatrix& w,
+                       const StoreKv& store) {
+  if (x.n_rows > kMostProjectedTokens || !are_few(x, w) || w.segments.size() > 1 ||
+      !project_kv_fits(store)) {
+    multiply(qkv, x, w);
+    store_kv(store, gpu_.stream);
+    return;
+  }
+  const Segment& segment = w.segments.front();
+  MatmulFew product = few(qkv.data, qkv, x, segment);
+  product.norm_of_x = end_norm(x, w);
+  project_kv(product, store, workspace(project_kv_needs(segment.tiled.shape)), gpu_.stream);
 }
 
 void Products::multiply_add(const Tensor& y, const Tensor& x, const DeviceMatrix& w,

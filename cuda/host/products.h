@@ -11,6 +11,7 @@
 #include "host/norms.h"
 #include "ops/grouped.h"
 #include "ops/matmul_few.h"
+#include "ops/store_kv.h"
 
 namespace camelid::cuda {
 
@@ -34,6 +35,8 @@ class Products {
 
   // y = x w^T; y of operands is rounded.
   void multiply(const Tensor& y, const Tensor& x, const DeviceMatrix& w);
+  // The same, and then what becomes of its heads.
+  void project(const Tensor& qkv, const Tensor& x, const DeviceMatrix& w, const StoreKv& store);
   // y += x w^T, and then a norm of y, if any.
   void multiply_add(const Tensor& y, const Tensor& x, const DeviceMatrix& w, const Norm& then);
   // y = silu(gate) * up, operands, of a matrix packed as Stack::kGateUp.
@@ -42,6 +45,7 @@ class Products {
  private:
   // Whether one kernel for few tokens takes each segment, and so halves of norms.
   static bool are_few(const Tensor& x, const DeviceMatrix& w);
+  static MatmulFew few(void* to, const Tensor& y, const Tensor& x, const Segment& segment);
   NormEnd end_norm(const Tensor& x, const DeviceMatrix& w);
   void multiply(const Tensor& y, const Tensor& x, const Segment& segment, Output output,
                 const NormEnd& norm_of_x, const NormStart& norm_of_y = {});

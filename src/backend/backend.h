@@ -105,6 +105,8 @@ class Backend {
   virtual void matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) = 0;
   // qkv: [n_tokens, (n_heads + 2 n_kv_heads) * head_dim]. Finishes q in place; k, v go to pages.
   virtual void store_kv(Tensor qkv, const AttentionLayer& layer) = 0;
+  // matmul(qkv, x, w), then store_kv(qkv, layer).
+  virtual void project_kv(Tensor qkv, Tensor x, const Matrix& w, const AttentionLayer& layer) = 0;
   virtual void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) = 0;  // y: [n, heads * hd]
   // y += down(silu(gate x) * up x), and y += shared(x) + routed experts of sigmoid(router x) * x,
   // and then a norm of y, if any; its y may be x.

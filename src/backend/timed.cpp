@@ -120,6 +120,11 @@ void TimedBackend::store_kv(Tensor qkv, const AttentionLayer& layer) {
   called([&] { return of_kind("store_kv", layer); });
 }
 
+void TimedBackend::project_kv(Tensor qkv, Tensor x, const Matrix& w, const AttentionLayer& layer) {
+  backend_->project_kv(qkv, x, w, layer);
+  called([&] { return of_kind("project_kv", layer); });
+}
+
 void TimedBackend::attend(Tensor y, Tensor qkv, const AttentionLayer& layer) {
   backend_->attend(y, qkv, layer);
   called([&] { return of_kind("attend", layer); });

@@ -71,6 +71,7 @@ class TimedBackend final : public Backend {
   void matmul(Tensor y, Tensor x, const Matrix& w) override;
   void matmul_add(Tensor y, Tensor x, const Matrix& w, const Norm& then) override;
   void store_kv(Tensor qkv, const AttentionLayer& layer) override;
+  void project_kv(Tensor qkv, Tensor x, const Matrix& w, const AttentionLayer& layer) override;
   void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
   void mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) override;
   void experts(Tensor y, Tensor x, const Experts& w, const Norm& then) override;

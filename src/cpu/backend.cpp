@@ -96,6 +96,10 @@ class CpuBackend final : public Backend {
     norm(y, then);
   }
   void store_kv(Tensor qkv, const AttentionLayer& layer) override;
+  void project_kv(Tensor qkv, Tensor x, const Matrix& w, const AttentionLayer& layer) override {
+    multiply(qkv, x, w, false);
+    store_kv(qkv, layer);
+  }
   void attend(Tensor y, Tensor qkv, const AttentionLayer& layer) override;
   void mlp(Tensor y, Tensor x, const Mlp& w, const Norm& then) override {
     feed_forward_.mlp(y, x, w);

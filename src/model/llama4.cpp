@@ -62,8 +62,7 @@ void Llama4::run(const Rows& rows, std::span<const EmbeddingRun> features) {
   backend_.norm(x, norm_by(layers.front().input_norm));
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LayerWeights& layer = layers[i];
-    backend_.matmul(rows.qkv, h, *layer.qkv);
-    backend_.store_kv(rows.qkv, attention_[i]);
+    backend_.project_kv(rows.qkv, h, *layer.qkv, attention_[i]);
     backend_.attend(rows.a, rows.qkv, attention_[i]);
     backend_.matmul_add(x, rows.a, *layer.o, norm_by(layer.post_norm));
 

@@ -30,10 +30,10 @@ def test_calls_of_a_step_are_named_in_order(folder: Path) -> None:
     assert all(us >= 0 for _, us in calls)
     names = [name for name, _ in calls]
     assert names[:3] == ["begin", "embed", "norm"]
-    layer = [name.split()[0] for name in names[3:8]]
-    assert layer[:4] == ["matmul", "store_kv", "attend", "matmul_add"]
-    assert layer[4] in ("experts", "mlp")
-    assert names[4].split()[1] in ("local", "global")
+    layer = [name.split()[0] for name in names[3:7]]
+    assert layer[:3] == ["project_kv", "attend", "matmul_add"]
+    assert layer[3] in ("experts", "mlp")
+    assert names[3].split()[1] in ("local", "global")
     assert [name.split()[0] for name in names[-3:]] == ["norm_rows", "matmul", "find_top"]
 
 
