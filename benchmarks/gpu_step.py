@@ -212,6 +212,8 @@ def work_of_call(config: ModelConfig, call: dict[str, Any], n: int, position: in
         local = config.is_chunked_layer.index(True) if name.endswith("local") else None
         layer = config.is_chunked_layer.index(False) if local is None else local
         return limits.attention(config, layer, position, kv) * (n * n_calls)
+    if name.startswith("project_kv"):
+        return limits.qkv(config, n) * n_calls
     if name.startswith("matmul"):
         rows, inputs = (int(word) for word in name.split()[1::2])
         is_head = rows == config.vocab_size

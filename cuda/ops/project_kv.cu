@@ -1,5 +1,5 @@
-// The stream of device/stream.cuh over a list of one matrix. The block that completes 128 rows has one
-// head or several of all tokens: its warps read them back and store them.
+// The stream of device/stream.cuh over a list of one matrix. The block that completes 128 rows has
+// one head or several of all tokens: its warps read them back and store them.
 #include "ops/project_kv.h"
 
 #include "ops/matmul_few.cuh"

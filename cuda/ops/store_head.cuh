@@ -1,5 +1,5 @@
-// One head of one token, by a warp: from the sums of the QKV projection to the queries that attention
-// reads, or to its row in a page. store_kv.h says what happens to it.
+// One head of one token, by a warp: from the sums of the QKV projection to the queries that
+// attention reads, or to its row in a page. store_kv.h says what happens to it.
 //
 // A lane has the fours 4 lane.. and 128 + 4 lane.. of head_dim, as float32 in registers; rotated
 // pairs lie in one lane, and only sums and maxima leave it. All that a warp reads is asked for at

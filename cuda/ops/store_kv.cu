@@ -1,6 +1,5 @@
-// A warp for each head of each token (store_head.cuh): n_heads queries, then n_kv_heads keys, then as
-// many values. Bound by latency for few tokens; for many by DRAM: 4 bytes read and 1 or 2 written
-// for each value.
+// A warp for each head of each token (store_head.cuh). Bound by latency for few tokens; for many by
+// DRAM: 4 bytes read and 1 or 2 written for each value.
 #include "ops/store_kv.h"
 
 #include "ops/store_head.cuh"

@@ -1,4 +1,5 @@
-// Shapes of matrices, and calls of attention and of what stores for it, as tests hand them to C functions.
+// Shapes of matrices, and calls of attention and of what stores for it, as tests hand them to C
+// functions.
 #pragma once
 
 #include <cstdint>
