@@ -55,7 +55,8 @@ def test_every_kind_of_step_is_measured_and_written_down(
     names = {call["name"]: call for call in three["timeline"]}
     assert names["attend local"]["calls"] == 3
     assert names["attend global"]["calls"] == 1
-    assert names["matmul 512 x 256"]["calls"] == 2 * 1 - 1 + 4  # head, and qkv of 4 layers
+    assert names["project_kv local"]["calls"] == 3
+    assert names["matmul 512 x 256"]["calls"] == 1  # the head
     assert names["experts"]["work"]["n_flops"] == 4 * limits.experts(TINY, 3).n_flops
 
 
