@@ -12,7 +12,7 @@ import pytest
 
 import backends
 import camelid
-from checkpoints import Weights
+from checkpoints import Weights, write_checkpoint
 from engines import LOGITS, NOTHING, SAMPLE, open_engine, open_greedy, step
 
 Checkpoint = Callable[[str], tuple[Path, Weights]]
@@ -126,6 +126,32 @@ def test_memory_of_pages_that_were_given_back_serves_the_other_pool(checkpoint: 
         wanted = step(engine, [(open_greedy(engine), [*prompt, 7])]).logits[-1]
         off = np.sqrt(np.mean((row - wanted) ** 2)) / wanted.std()
         assert off <= backends.row_tolerance(n_layers=5)
+
+
+def test_pools_together_never_hold_more_than_their_budget(tmp_path: Path) -> None:
+    """Local pages get what global ones had, though the GPU has room enough for both."""
+    layers = {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}  # a local one and a global one
+    # Chunks of one token: its local page goes back after its step, its global one with its sequence.
+    write_checkpoint(tmp_path, config_overrides={**layers, "attention_chunk_size": 1})
+    whole = open_engine(tmp_path, page_size=16 * PAGE, max_step_tokens=16)
+    memory, two_pages = whole.memory(), whole.kv_bytes_for(1)
+    del whole
+    fixed = memory["weight_bytes"] + memory["workspace_bytes"]
+    engine = open_engine(
+        tmp_path, page_size=16 * PAGE, max_step_tokens=16, memory_bytes=fixed + 10 * two_pages
+    )
+    loaded = backends.taken_bytes()
+    limit = engine.memory()["kv_limit_bytes"]
+    assert 9 * two_pages < limit <= 10 * two_pages
+    long = [open_greedy(engine) for _ in range(17)]
+    for sequence in long:
+        step(engine, [(sequence, [1])], NOTHING)
+    for sequence in long:
+        engine.close_sequence(sequence)
+    short = [open_greedy(engine) for _ in range(9)]
+    step(engine, [(sequence, [1]) for sequence in short], NOTHING)
+    assert engine.memory()["kv_used_bytes"] == 9 * two_pages // 2
+    assert 0 < backends.taken_bytes() - loaded <= limit + two_pages // 2 + FACTS
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(checkpoint: Checkpoint) -> None:
