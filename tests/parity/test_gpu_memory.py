@@ -131,7 +131,7 @@ def test_memory_of_pages_that_were_given_back_serves_the_other_pool(checkpoint: 
 def test_pools_together_never_hold_more_than_their_budget(tmp_path: Path) -> None:
     """Local pages get what global ones had, though the GPU has room enough for both."""
     layers = {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}  # a local one and a global one
-    # Chunks of one token: its local page goes back after its step, its global one with its sequence.
+    # Chunks of one token, whose local page goes back after its step.
     write_checkpoint(tmp_path, config_overrides={**layers, "attention_chunk_size": 1})
     whole = open_engine(tmp_path, page_size=16 * PAGE, max_step_tokens=16)
     memory, two_pages = whole.memory(), whole.kv_bytes_for(1)
