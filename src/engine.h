@@ -60,8 +60,9 @@ class Engine {
 
   std::int64_t open_sequence(const SamplerParams& params);
   void close_sequence(std::int64_t sequence);
-  // Runs one step. When it throws kCapacity or kInvalidRequest nothing has changed; after any other
-  // error the sequences of the request can only be closed.
+  // Runs one step. When it throws kInvalidRequest, or kCapacity for want of pages, nothing has
+  // changed. After any other error the sequences of the request can only be closed: those that
+  // cross a chunk may be past it when a device's memory turns out to be full.
   StepResult step(const StepRequest& request);
   // pixels: [n_tiles, channels, image_size, image_size]; returns [n_tiles, tokens_per_tile, dim].
   std::vector<float> encode_image(std::span<const float> pixels);

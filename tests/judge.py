@@ -3,12 +3,15 @@
 On the CPU that is the exact reference, within the exactness bar. On a GPU it is the one that
 rounds where a GPU does: then what remains is rounding twice, a few thousandths, and routers whose
 near ties fall otherwise. Those are found out, not tolerated: where a row is off, one of its own
-near ties must explain it, or the test fails.
+near ties must explain it, or the test fails. How far off a row may be is measured where it is off
+by more than is usual: on references whose sums are another device's.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +24,22 @@ import backends
 from checkpoints import Weights
 from engines import assert_close
 from reference.llama4 import forward, text_config
-from reference.numerics import Bf16, Numerics
+from reference.numerics import Bf16, Numerics, OtherSums
 from reference.vision import encode
 
 Array = NDArray[np.float64]
+Told = dict[tuple[int, int], list[int]]  # the experts of (layer, token)
 # The k-th logit of a router leads the next by so little, in standard deviations of the layer's
 # logits, that operands in bf16 may say otherwise: they are off by 2^-9 of themselves, and so are
 # the layers' outputs that add up to them.
 NEAR_TIE = 0.05
+# Of some models (few channels, many layers, a cache of 8 bits) rounding twice moves more than of
+# others, and more than backends.row_tolerance() says. What is right for a model and a prompt, so
+# many references show that are as right as the first (reference.numerics.OtherSums). A device is
+# one more of them: of 2200 such references the worst row was off by 1.35 times what the worst of
+# three others was in 1 of 100, and by 1.66 times at most.
+N_OTHERS = 4
+BEYOND_OTHERS = 1.5
 
 
 class Judge:
@@ -45,6 +56,7 @@ class Judge:
         self.weights = weights
         self.kv = kv or backends.kv_caches()[0]
         self._integers = held_as_integers(folder, self.config)
+        self._near: dict[int, float] = {}  # of each layer with a router
 
     def numerics(self) -> Numerics:
         return Bf16(self._integers, self.kv) if backends.is_gpu() else Numerics()
@@ -73,6 +85,9 @@ class Judge:
             assert_close(got, wanted, std=std, tolerance=backends.EXACT)
             return wanted
         allowed = backends.row_tolerance(self.kv, text_config(self.config)["num_hidden_layers"])
+        self._near = dict.fromkeys(numerics.router_logits, NEAR_TIE)
+        if not (rows_off(got, wanted, std) <= allowed).all():
+            allowed = max(allowed, self._measure_others(numerics, tokens, features, wanted))
         while len(bad := np.flatnonzero(~(rows_off(got, wanted, std) <= allowed))):
             token = int(bad[0])
 
@@ -90,30 +105,72 @@ class Judge:
         there = {place: of for place, of in (features or {}).items() if place < len(tokens)}
         return forward(self.config, self.weights, tokens, numerics=numerics, features=there)
 
+    def _measure_others(
+        self,
+        numerics: Numerics,
+        tokens: Sequence[int],
+        features: Mapping[int, Array] | None,
+        wanted: Array,
+    ) -> float:
+        """Return how far off a row may be, and note what a near tie is in each layer."""
+        assert isinstance(numerics, Bf16)
+        worst = 0.0
+        for seed in range(N_OTHERS):
+            other = OtherSums(numerics, seed)
+            answer = self._answer(other, tokens, features)
+            worst = max(worst, float(rows_off(answer, wanted, float(wanted.std())).max()))
+            for layer, logits in numerics.router_logits.items():
+                moved = np.abs(other.router_logits[layer] - logits).max() / logits.std()
+                self._near[layer] = max(self._near[layer], BEYOND_OTHERS * float(moved))
+        return BEYOND_OTHERS * worst
+
     def _decide_near_tie(
         self, numerics: Numerics, token: int, off: Callable[[], float], allowed: float
     ) -> None:
-        """Decide a near tie of a token as brings its logits nearest, or fail if none does.
+        """Decide near ties of a token as brings its logits nearest, or fail if that brings nothing.
 
-        Where two of its layers fell otherwise, the next call finds the other.
+        One, or else two of them, for the first may be what makes the second one. Where more of its
+        layers fell otherwise, the next call finds them.
         """
-        least = before = off()
-        best = None
-        ties = self._near_ties(numerics, token)
-        for at, experts in ties:
+        before = off()
+        least, best = before, Told()
+        for n_ties in (1, 2):
+            now, told = self._best_ties(numerics, token, off, allowed, n_ties)
+            if now < least:
+                least, best = now, told
+            if least <= allowed:
+                break
+            off()  # asks routers anew, as they are where nothing was tried
+        assert best, (
+            f"logits of token {token} are off by {before:.3g} standard deviations ({allowed:.3g} "
+            f"allowed), which none of its {len(self._near_ties(numerics, token))} near ties "
+            f"explains; decided otherwise before, as (layer, token): {sorted(numerics.told)}"
+        )
+        numerics.told.update(best)
+
+    def _best_ties(
+        self,
+        numerics: Numerics,
+        token: int,
+        off: Callable[[], float],
+        allowed: float,
+        n_ties: int,
+    ) -> tuple[float, Told]:
+        """Return how far logits are off at best with up to n_ties decided otherwise, and which."""
+        least, best = math.inf, Told()
+        for at, experts in self._near_ties(numerics, token):
             numerics.told[at] = experts
-            now = off()
+            now, told = off(), {at: experts}
+            if n_ties > 1:
+                next_now, more = self._best_ties(numerics, token, off, allowed, n_ties - 1)
+                if next_now < now:
+                    now, told = next_now, told | more
             del numerics.told[at]
             if now < least:
-                least, best = now, (at, experts)
-            if now <= allowed:
+                least, best = now, told
+            if least <= allowed:
                 break
-        assert best is not None, (
-            f"logits of token {token} are off by {before:.3g} standard deviations ({allowed:g} "
-            f"allowed), which none of its {len(ties)} near ties explains; decided otherwise "
-            f"before, as (layer, token): {sorted(numerics.told)}"
-        )
-        numerics.told[best[0]] = best[1]
+        return least, best
 
     def check_features(self, got: NDArray[np.float32], pixels: NDArray[Any]) -> None:
         """Fail where features [n_tiles, tokens_per_tile, dim] are not what they must be."""
@@ -129,7 +186,7 @@ class Judge:
         assert off.max() <= backends.row_tolerance(), f"features are off by {off.max():.3g}"
 
     def _near_ties(self, numerics: Numerics, token: int) -> list[tuple[tuple[int, int], list[int]]]:
-        """Return where a token's choice is nearly a tie, and the other choice; nearest first."""
+        """Return where a token's choice is nearly a tie, and other choices; nearest first."""
         top_k = text_config(self.config)["num_experts_per_tok"]
         found = []
         for layer, logits in numerics.router_logits.items():
@@ -137,10 +194,12 @@ class Judge:
             order = np.argsort(-row, kind="stable")
             if (layer, token) in numerics.told or len(order) <= top_k:
                 continue
-            lead = float(row[order[top_k - 1]] - row[order[top_k]]) / float(logits.std())
-            if lead <= NEAR_TIE:
-                experts = [int(e) for e in (*order[: top_k - 1], order[top_k])]
-                found.append((lead, (layer, token), experts))
+            # Of more than two that are nearly as good, any may be the one that is left out.
+            for out, instead in itertools.product(order[:top_k], order[top_k:]):
+                lead = float(row[out] - row[instead]) / float(logits.std())
+                if lead <= self._near[layer]:
+                    experts = [int(instead if e == out else e) for e in order[:top_k]]
+                    found.append((lead, (layer, token), experts))
         return [(at, experts) for _, at, experts in sorted(found)]
 
 

@@ -72,7 +72,6 @@ void StepArrays::send() {
   }
   scatter(pieces, gpu_.stream);
   staged.sent.record(gpu_.stream);
-  sections_.clear();
 }
 
 void StepArrays::describe(const KvPlan& plan, bool local) {
@@ -123,7 +122,7 @@ void StepArrays::describe(const KvPlan& plan, bool local) {
 }
 
 void StepArrays::set(const StepPlan& plan) {
-  sections_.clear();  // of a step that threw
+  sections_.clear();  // of the step before, or of one that threw on the way
   n_tokens_ = static_cast<std::int32_t>(plan.tokens.size());
   n_rows_ = static_cast<std::int32_t>(plan.rows.size());
   tokens_ = place<std::int32_t>(plan.tokens, tokens_at_);

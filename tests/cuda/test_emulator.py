@@ -268,6 +268,21 @@ def test_write_beside_device_memory_by_the_host_is_told_when_asked(emulated: cty
     assert emulated.check_guards() == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("which", "what"),
+    [(0, "a copy to the host"), (1, "a copy to the device"), (2, "a fill")],
+)
+def test_what_the_host_asks_for_beside_device_memory_is_named(
+    plain: ctypes.CDLL, which: int, what: str, seed: int
+) -> None:
+    call(plain, "test_host_copy", which, 0, 100, seed=seed)
+    call(plain, "test_host_copy", which, 60, 40, seed=seed)
+    for offset, n_bytes in ((0, 101), (60, 41), (-4, 8)):
+        message = error_of(plain, "test_host_copy", which, offset, n_bytes, seed=seed)
+        assert f"{what} of {n_bytes} bytes at byte {offset} of 100 bytes" in message
+
+
 def test_memory_begins_as_nans(emulated: ctypes.CDLL) -> None:
     memory = emulated.device_alloc(64)
     assert bytes((ctypes.c_ubyte * 64).from_address(memory)) == b"\xff" * 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 import backends
 import camelid
-from checkpoints import Weights
+from checkpoints import Weights, write_checkpoint
 from engines import LOGITS, NOTHING, SAMPLE, open_engine, open_greedy, step
 
 Checkpoint = Callable[[str], tuple[Path, Weights]]
@@ -75,6 +76,34 @@ def test_a_full_gpu_says_so_and_goes_on_when_there_is_room(checkpoint: Checkpoin
     assert off <= backends.row_tolerance(n_layers=5)
 
 
+def test_whatever_is_full_first_a_step_can_be_asked_for_again(checkpoint: Checkpoint) -> None:
+    """Activations, pages or tables: what a step took and said before it was refused does no harm.
+
+    Without chunks: of a step in several parts the first ones may be done.
+    """
+    folder = checkpoint("no_chunk")[0]
+    prompt = prompt_of(70)
+    roomy = open_engine(folder, page_size=PAGE)
+    wanted = step(roomy, [(open_greedy(roomy), prompt)]).logits
+    engine = open_engine(folder, page_size=PAGE)
+    sequence = open_greedy(engine)
+    step(engine, [(sequence, prompt[:20])], NOTHING)
+    room = backends.taken_bytes()
+    n_refused, got = 0, None
+    while got is None:
+        with backends.gpu_memory(room):
+            try:
+                got = step(engine, [(sequence, prompt[20:])], LOGITS).logits
+            except camelid.CapacityError as error:
+                n_refused += 1
+                wanted_bytes, free_bytes = map(int, re.findall(r"(\d+) (?:bytes )?are", str(error)))
+                room += wanted_bytes - free_bytes
+        engine.check_invariants()
+    assert n_refused > 8
+    off = np.sqrt(np.mean((got - wanted[20:]) ** 2)) / wanted.std()
+    assert off <= backends.row_tolerance(n_layers=5)
+
+
 def test_memory_of_pages_that_were_given_back_serves_the_other_pool(checkpoint: Checkpoint) -> None:
     """When nothing else is left, local pages get what global ones of past sequences had."""
     engine = open_engine(checkpoint("scout_like")[0], page_size=PAGE)
@@ -97,6 +126,32 @@ def test_memory_of_pages_that_were_given_back_serves_the_other_pool(checkpoint: 
         wanted = step(engine, [(open_greedy(engine), [*prompt, 7])]).logits[-1]
         off = np.sqrt(np.mean((row - wanted) ** 2)) / wanted.std()
         assert off <= backends.row_tolerance(n_layers=5)
+
+
+def test_pools_together_never_hold_more_than_their_budget(tmp_path: Path) -> None:
+    """Local pages get what global ones had, though the GPU has room enough for both."""
+    layers = {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}  # a local one and a global one
+    # Chunks of one token, whose local page goes back after its step.
+    write_checkpoint(tmp_path, config_overrides={**layers, "attention_chunk_size": 1})
+    whole = open_engine(tmp_path, page_size=16 * PAGE, max_step_tokens=16)
+    memory, two_pages = whole.memory(), whole.kv_bytes_for(1)
+    del whole
+    fixed = memory["weight_bytes"] + memory["workspace_bytes"]
+    engine = open_engine(
+        tmp_path, page_size=16 * PAGE, max_step_tokens=16, memory_bytes=fixed + 10 * two_pages
+    )
+    loaded = backends.taken_bytes()
+    limit = engine.memory()["kv_limit_bytes"]
+    assert 9 * two_pages < limit <= 10 * two_pages
+    long = [open_greedy(engine) for _ in range(17)]
+    for sequence in long:
+        step(engine, [(sequence, [1])], NOTHING)
+    for sequence in long:
+        engine.close_sequence(sequence)
+    short = [open_greedy(engine) for _ in range(9)]
+    step(engine, [(sequence, [1]) for sequence in short], NOTHING)
+    assert engine.memory()["kv_used_bytes"] == 9 * two_pages // 2
+    assert 0 < backends.taken_bytes() - loaded <= limit + two_pages // 2 + FACTS
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(checkpoint: Checkpoint) -> None:

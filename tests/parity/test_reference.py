@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backends import capabilities, emulate, is_gpu, kv_caches, quick
+from backends import capabilities, emulate, is_gpu, kv_caches, quick, row_tolerance
 from checkpoints import REMOVE, Quantization, Weights, write_checkpoint
 from engines import open_llm
-from judge import Judge, rows_off
+from judge import N_OTHERS, Judge, rows_off
 from reference.llama4 import forward
-from reference.numerics import Bf16, Numerics
+from reference.numerics import Bf16, Numerics, OtherSums
 from variants import VARIANTS
 
 TOLERANCE = 2e-3  # standard deviations of the logits, as in test_logits.py
@@ -142,6 +142,40 @@ def test_a_rounding_that_is_left_out_shows_in_one_layer(tmp_path: Path) -> None:
     for other in others:
         off = rows_off(forward(written, weights, prompt, numerics=other), wanted, wanted.std())
         assert np.median(off) > 1.2 * ONE_LAYER
+
+
+class OtherScales(OtherSums):
+    """Keys and values of some tokens come back with a scale that is too large."""
+
+    def __init__(self, like: Bf16, factor: float, tokens: slice) -> None:
+        super().__init__(like, N_OTHERS)
+        self.factor, self.tokens = factor, tokens
+
+    def stored(self, x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        numbers, scales = super().stored(x)
+        scales[self.tokens] *= self.factor
+        return numbers, scales
+
+
+@pytest.mark.gpu_only("on a CPU nothing is rounded")
+def test_mistakes_are_told_from_rounding_that_moves_far(tmp_path: Path) -> None:
+    config, _ = random_config(41, most_layers=3)  # 25 channels in heads of 8
+    weights = write_checkpoint(tmp_path, config_overrides=config, seed=41)
+    written = json.loads((tmp_path / "config.json").read_text())
+    prompt = random.Random(41).choices(range(256), k=90)
+    judge = Judge(tmp_path, weights, kv="fp8")
+    like = Bf16(kv="fp8")
+    wanted = forward(written, weights, prompt, numerics=like)
+
+    def logits(other: Numerics) -> NDArray[np.float32]:
+        return forward(written, weights, prompt, numerics=other).astype(np.float32)
+
+    right = logits(OtherSums(like, N_OTHERS))
+    assert rows_off(right, wanted, wanted.std()).max() > row_tolerance("fp8", 2)
+    judge.check(right, prompt)
+    for wrong in (OtherScales(like, 1.05, slice(None)), OtherScales(like, 1.5, slice(5, 6))):
+        with pytest.raises(AssertionError, match="near ties explains"):
+            judge.check(logits(wrong), prompt)
 
 
 # What would go unnoticed if the variants were blunt: each change must move their logits far.

@@ -162,7 +162,7 @@ def attention(config: Config, weights: Tensors, layer: int, h: Array, numerics: 
     scores = np.einsum("qhd,khd->hqk", q, k) * k_scale.transpose(1, 2, 0) / np.sqrt(head_dim)
     scores = np.where(visible, scores, -np.inf)
     share = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    mixed = np.einsum("hqk,khd->qhd", numerics.operand(share * v_scale.transpose(1, 2, 0)), v)
+    mixed = np.einsum("hqk,khd->qhd", numerics.weighted(share * v_scale.transpose(1, 2, 0)), v)
     mixed /= share.sum(axis=-1).T[..., None]
     mixed = numerics.operand(mixed.reshape(n, -1))
     return mixed @ numerics.weight(weights, f"{base}.o_proj.weight").T

@@ -23,11 +23,13 @@ class Numerics:
     Attributes:
         told: The experts, best first, of (layer, token) instead of the ones with the best logits.
         router_logits: Of each layer that has a router, [n_tokens, n_experts].
+        chosen: Of each of them, [n_tokens, top_k].
     """
 
     def __init__(self) -> None:
         self.told: dict[tuple[int, int], list[int]] = {}
         self.router_logits: dict[int, Array] = {}
+        self.chosen: dict[int, NDArray[np.int64]] = {}
 
     def weight(self, weights: Mapping[str, NDArray[Any]], name: str) -> Array:
         """Return a matrix as it is multiplied."""
@@ -36,6 +38,13 @@ class Numerics:
     def operand(self, x: Array) -> Array:
         """Return activations as products take them."""
         return x
+
+    def weighted(self, shares: Array) -> Array:
+        """Return what values are added up by, [n_heads, n_queries, n_keys]; the largest is 1.
+
+        Where values have scales, those are in it.
+        """
+        return self.operand(shares)
 
     def rotated_as(self, position: NDArray[Any], chunk: int | None) -> NDArray[Any]:
         """Return the positions that queries and keys are turned by."""
@@ -52,6 +61,7 @@ class Numerics:
         for (at, token), experts in self.told.items():
             if at == layer:
                 chosen[token] = experts
+        self.chosen[layer] = chosen
         return chosen
 
 
@@ -91,6 +101,49 @@ class Bf16(Numerics):
         most = {"fp8": 448.0, "int8": 127.0}[self.kv]
         numbers = x * (most / np.where(largest > 0, largest, 1.0))
         return (e4m3 if self.kv == "fp8" else np.rint)(numbers), largest / most
+
+
+class OtherSums(Bf16):
+    """As right as another: what is not exact in float32 is off by as much as its sums may be.
+
+    Operands near a tie then round otherwise, which moves all behind them. Probabilities are rounded
+    beside the largest of the keys that a kernel has seen by then, not of all.
+
+    Args:
+        like: Of which the weights and all choices of experts are taken.
+        seed: Of what is off, and how.
+    """
+
+    OFF = 1e-7  # of a value: 2^-24, and a little more for adding up
+    KEYS = 16  # that a kernel weights at once, at least
+
+    def __init__(self, like: Bf16, seed: int) -> None:
+        super().__init__(like.exact, like.kv)
+        self._weights = like._weights
+        self.chosen = like.chosen
+        self.random = np.random.default_rng(seed)
+
+    def _off(self, x: Array) -> Array:
+        off = x * (1 + self.OFF * self.random.standard_normal(x.shape))
+        return np.where(x.astype(np.float32) == x, x, off)
+
+    def operand(self, x: Array) -> Array:
+        return super().operand(self._off(x))
+
+    def weighted(self, shares: Array) -> Array:
+        n_heads, n_queries, n_keys = shares.shape
+        shape = (n_heads, n_queries, -(-n_keys // self.KEYS))
+        beside = np.exp2(self.random.uniform(size=shape)).repeat(self.KEYS, axis=2)[..., :n_keys]
+        # A query of one key has no other largest.
+        beside[np.count_nonzero(shares, axis=2) == 1] = 1.0
+        return bf16(self._off(shares * beside)) / beside
+
+    def stored(self, x: Array) -> tuple[Array, Array]:
+        return super().stored(self._off(x))
+
+    def choose(self, layer: int, logits: Array, top_k: int) -> NDArray[np.int64]:
+        self.router_logits[layer] = logits
+        return self.chosen[layer]
 
 
 def bf16(x: Array) -> Array:

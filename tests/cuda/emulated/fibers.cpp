@@ -500,6 +500,13 @@ void finish_copies(int n_pending) {
 
 void finish_copies_of(Fiber& fiber, int n_groups) { finish_copies_before(fiber, n_groups); }
 
+void check_copied(const char* what, const void* device, std::size_t n_bytes) {
+  const GuardedBytes* memory = machine.memories.find(device);
+  if (memory && !memory->holds(device, n_bytes)) {
+    fail(ErrorCode::kInternal, what, " of ", n_bytes, " bytes at ", memory->place_of(device));
+  }
+}
+
 std::string place(const Where& where) {
   return cat("block ", current->block->index, ", thread ", current->thread, " (", line_of(where),
              ")");

@@ -181,6 +181,10 @@ bool happens_now();
 // What a thread did is known to those who see the flag by load() from now on.
 void tell(const unsigned* flag, Fiber& fiber);
 
+// Holds what the host asks to be copied or filled to one piece of device memory, as a driver may.
+// Only memory of device_alloc() is known; others' may be anything.
+void check_copied(const char* what, const void* device, std::size_t n_bytes);
+
 // Where this thread is, for messages; and an error that starts with it.
 std::string place(const Where& where);
 [[noreturn]] void fail_here(const Where& where, const std::string& message);

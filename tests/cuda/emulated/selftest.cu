@@ -3,6 +3,7 @@
 
 #include "../case.h"
 #include "device/launch.cuh"
+#include "device/memory.h"
 #include "device/ptx.cuh"
 
 namespace camelid::cuda {
@@ -303,6 +304,19 @@ int test_matmul(int bug, float* y, const std::uint16_t* x, const std::uint16_t* 
 
 int test_exchange(int n_threads, int* from_next, float* sums) {
   return caught([&] { launch("exchange", exchange, {.threads = n_threads}, from_next, sums); });
+}
+// Of 100 bytes of device memory, from `offset` on: a copy from there, one to there, or a fill.
+int test_host_copy(int which, int offset, int bytes) {
+  return caught([&] {
+    const DeviceMemory memory = allocate_device(100);
+    const PinnedMemory host = allocate_pinned(1 << 10);
+    std::memset(host.get(), 0, 1 << 10);
+    std::byte* const at = memory.get() + offset;
+    if (which == 0) copy_to_host(host.get(), at, static_cast<std::size_t>(bytes), nullptr);
+    if (which == 1) copy_to_device(at, host.get(), static_cast<std::size_t>(bytes), nullptr);
+    if (which == 2) fill_zeros(at, static_cast<std::size_t>(bytes), nullptr);
+    finish(nullptr);
+  });
 }
 int test_load_fragments(int transposed, const std::uint16_t* x, std::uint32_t* y) {
   return caught([&] {

@@ -39,16 +39,19 @@ inline PinnedMemory allocate_pinned(std::size_t bytes) {
 
 inline void copy_to_device(std::byte* to, const std::byte* pinned, std::size_t bytes,
                            cudaStream_t) {
+  emulated::check_copied("a copy to the device", to, bytes);
   emulated::submit([=] { std::memcpy(to, pinned, bytes); }, true);
 }
 
 inline void copy_to_host(std::byte* pinned, const std::byte* from, std::size_t bytes,
                          cudaStream_t) {
+  emulated::check_copied("a copy to the host", from, bytes);
   emulated::count_download();
   emulated::submit([=] { std::memcpy(pinned, from, bytes); }, true);
 }
 
 inline void fill_zeros(std::byte* to, std::size_t bytes, cudaStream_t) {
+  emulated::check_copied("a fill", to, bytes);
   emulated::submit([=] { std::memset(to, 0, bytes); }, true);
 }
 
