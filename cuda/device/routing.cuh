@@ -33,13 +33,24 @@ __device__ inline void choose_experts(Routing& routing, const float* logits, int
   for (int j = 0; j < top_k; ++j) {
     float best = 0.0f;
     int expert = -1;
-    for (int e = lane; e < n_experts; e += kWarp) {
-      bool taken = false;
-      for (int i = 0; i < j; ++i) taken |= routing.chosen[token * top_k + i] == e;
-      const float logit = load_shared_by_blocks(logits + e);
-      if (!taken && (expert < 0 || logit > best)) {
-        best = logit;
-        expert = e;
+    constexpr int kAtOnce = 4;  // reads under way: all of 128 experts
+    for (int first = lane; first < n_experts; first += kAtOnce * kWarp) {
+      float read[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int e = first + i * kWarp;
+        read[i] = e < n_experts ? load_shared_by_blocks(logits + e) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int e = first + i * kWarp;
+        bool out = e >= n_experts;
+#pragma unroll 1
+        for (int k = 0; k < j; ++k) out |= routing.chosen[token * top_k + k] == e;
+        if (!out && (expert < 0 || read[i] > best)) {
+          best = read[i];
+          expert = e;
+        }
       }
     }
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
