@@ -155,8 +155,10 @@ struct Launch {
   bool overlaps = false;
 };
 
-// Whether a driver takes both at once, which is written nowhere: the first launch finds out.
+// Whether a driver takes both at once, which is written nowhere: launches and recordings find out.
 inline std::atomic<bool> takes_both{true};
+// True where launches asked for both; from here on they ask for `together` alone.
+inline bool ask_less_of_launches() { return takes_both.exchange(false); }
 
 // Launches kernel(args...) and throws where the launch itself fails; nothing is waited for.
 template <typename... Parameters, typename... Arguments>
@@ -186,9 +188,9 @@ void launch(const char* what, void (*kernel)(Parameters...), const Launch& how,
   cudaError_t status = start();
   if (status != cudaSuccess && n == 2) {
     cudaGetLastError();
-    takes_both = false;
     config.numAttrs = 1;
     status = start();
+    if (status == cudaSuccess) takes_both = false;
   }
   check(status, what);
 }

@@ -63,7 +63,7 @@ void Recordings::abandon() {
 }
 
 void Recordings::give_up(const std::string& why) {
-  why_not_ = why;
+  if (!ask_less_of_launches()) why_not_ = why;  // else the next recording may succeed
   try {
     finish(stream_);
   } catch (const Error&) {  // told by whoever waits for the stream next

@@ -28,7 +28,7 @@ class Recordings {
   // is never recorded.
   bool begin(const StepKind* kind);
   // False where they need to be made again: they were recorded and cannot be repeated. Nothing is
-  // recorded from then on.
+  // recorded from then on, but for a second try with launches that ask less.
   bool end();
   void abandon();  // after a call that threw
   // Why nothing is recorded any more, or empty.

@@ -52,6 +52,10 @@ const T* StepArrays::place(std::span<const T> values, GrowingMemory& to) {
 
 // Copies all sections to pinned memory, from where the GPU fetches them.
 void StepArrays::send() {
+  if (sections_.size() > Pieces::kMost) {
+    fail(ErrorCode::kInternal, "[cuda] a step has ", sections_.size(), " arrays, at most ",
+         Pieces::kMost, " go up at once.");
+  }
   Staged& staged = staged_[turn_];
   turn_ ^= 1u;
   staged.sent.wait();  // the step before last
