@@ -56,7 +56,9 @@ class Judge:
         self.weights = weights
         self.kv = kv or backends.kv_caches()[0]
         self._integers = held_as_integers(folder, self.config)
-        self._near: dict[int, float] = {}  # of each layer with a router
+        # Of each layer with a router: what a near tie is, and its logits' standard deviation.
+        self._near: dict[int, float] = {}
+        self._spread: dict[int, float] = {}
 
     def numerics(self) -> Numerics:
         return Bf16(self._integers, self.kv) if backends.is_gpu() else Numerics()
@@ -86,6 +88,8 @@ class Judge:
             return wanted
         allowed = backends.row_tolerance(self.kv, text_config(self.config)["num_hidden_layers"])
         self._near = dict.fromkeys(numerics.router_logits, NEAR_TIE)
+        # Over all tokens: the logits of the first alone may all be nearly as large.
+        self._spread = {at: float(of.std()) for at, of in numerics.router_logits.items()}
         if not (rows_off(got, wanted, std) <= allowed).all():
             allowed = max(allowed, self._measure_others(numerics, tokens, features, wanted))
         while len(bad := np.flatnonzero(~(rows_off(got, wanted, std) <= allowed))):
@@ -120,7 +124,7 @@ class Judge:
             answer = self._answer(other, tokens, features)
             worst = max(worst, float(rows_off(answer, wanted, float(wanted.std())).max()))
             for layer, logits in numerics.router_logits.items():
-                moved = np.abs(other.router_logits[layer] - logits).max() / logits.std()
+                moved = np.abs(other.router_logits[layer] - logits).max() / self._spread[layer]
                 self._near[layer] = max(self._near[layer], BEYOND_OTHERS * float(moved))
         return BEYOND_OTHERS * worst
 
@@ -196,7 +200,7 @@ class Judge:
                 continue
             # Of more than two that are nearly as good, any may be the one that is left out.
             for out, instead in itertools.product(order[:top_k], order[top_k:]):
-                lead = float(row[out] - row[instead]) / float(logits.std())
+                lead = float(row[out] - row[instead]) / self._spread[layer]
                 if lead <= self._near[layer]:
                     experts = [int(instead if e == out else e) for e in order[:top_k]]
                     found.append((lead, (layer, token), experts))

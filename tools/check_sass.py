@@ -168,6 +168,9 @@ def violations(kernels: list[Kernel]) -> Iterator[tuple[Kernel, str]]:
         if lost := kernel.uniform_reads - kernel.uniform_writes:
             names = ", ".join(f"UR{n}" for n in sorted(lost))
             yield kernel, f"reads {names}, which nothing writes"
+        # What it lets start early relies on it for all that came before.
+        if kernel.has("PREEXIT") and not kernel.has("ACQBULK"):
+            yield kernel, "lets its successor start and does not wait for its predecessor"
         for part, patterns in MEANT.items():
             if re.search(part, kernel.name):
                 for pattern in patterns:

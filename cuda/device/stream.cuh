@@ -23,7 +23,7 @@ constexpr int kTokenTile = 8;
 constexpr int kMostStreamTokens = 64;  // of one pass
 static_assert(kStreamRows == kNormPart && kStreamThreads >= kMostStreamTokens * kNormLanes);
 // What a block of every GPU from sm_80 on may ask for: 99 KB on sm_86, sm_89 and sm_120. So large a
-// ring and the largest header fit that, and two blocks fit an SM of Hopper or of an A100. With 64
+// ring and the largest header fit that, and two blocks fit an SM of Hopper, one of an A100. With 64
 // tokens sums take all registers of one block, and data centre GPUs alone have the memory.
 constexpr int kLeastSharedBytes = 99 * 1024;
 constexpr int kRingBytes = 85 * 1024;

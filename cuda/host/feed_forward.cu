@@ -298,13 +298,14 @@ void FeedForward::combine(const Tensor& y, const Visits& visits) {
 
 void FeedForward::experts(const Tensor& y, const Tensor& x, const Experts& w, const Norm& then) {
   const auto& prepared = *static_cast<const Prepared*>(w.prepared.get());
-  if (!prepared.has_shared) mlp(y, x, w.shared, {});
   // Of int8 or weights with zero points that is up to 32 tokens; from 33 on, grouped products.
-  if (prepared.one_launch && x.n_rows <= experts_few_limit(prepared.few)) {
+  const bool are_few = prepared.one_launch && x.n_rows <= experts_few_limit(prepared.few);
+  if (!are_few) norms_.finish(x);  // before y, of which it is the norm, changes
+  if (!prepared.has_shared) mlp(y, x, w.shared, {});
+  if (are_few) {
     run_few(y, x, prepared, then);
     return;
   }
-  norms_.finish(x);
   run_visits(y, x, prepared, route(x, w, prepared));
   norms_.run(then, y);
 }

@@ -3,10 +3,17 @@
 
 #include <utility>
 
+#include "base/error.h"
+
 namespace camelid::cuda {
 namespace {
 
 const float* gain_of(const Norm& norm) { return static_cast<const float*>(norm.gain->data.get()); }
+
+std::size_t square_bytes(std::int64_t n_tokens, std::int64_t dim) {
+  const auto n_parts = static_cast<std::size_t>(n_norm_parts(static_cast<int>(dim)));
+  return static_cast<std::size_t>(n_tokens) * n_parts * sizeof(float);
+}
 
 }  // namespace
 
@@ -16,8 +23,7 @@ Rows rows_of(const Tensor& x) {
 }
 
 void Norms::prepare(std::int64_t n_tokens, std::int64_t dim) {
-  const auto n_parts = static_cast<std::size_t>(n_norm_parts(static_cast<int>(dim)));
-  squares_.at_least(static_cast<std::size_t>(n_tokens) * n_parts * sizeof(float));
+  squares_.at_least(square_bytes(n_tokens, dim));
 }
 
 void Norms::run(const Norm& norm, const Tensor& x, const std::int32_t* rows) {
@@ -27,9 +33,13 @@ void Norms::run(const Norm& norm, const Tensor& x, const std::int32_t* rows) {
 }
 
 NormStart Norms::begin(const Norm& norm, const Tensor& x) {
-  prepare(x.n_rows, x.dim);
+  if (squares_.bytes() < square_bytes(x.n_rows, x.dim)) {  // products may be reading them
+    fail(ErrorCode::kInternal, "[cuda] a norm of ", x.n_rows, " rows of ", x.dim,
+         " values was not prepared.");
+  }
   begun_ = norm;
   x_ = x;
+  is_stale_ = false;
   return {gain_of(norm), static_cast<std::uint16_t*>(norm.y.data), norm.y.row_stride,
           reinterpret_cast<float*>(squares_.get())};
 }
@@ -42,7 +52,9 @@ NormEnd Norms::end(const Tensor& h) const {
 }
 
 void Norms::finish(const Tensor& h) {
-  if (is_begun(h)) run(std::exchange(begun_, {}), x_);
+  if (!is_begun(h)) return;
+  if (is_stale_) fail(ErrorCode::kInternal, "[cuda] the rows of a norm that was begun are gone.");
+  run(std::exchange(begun_, {}), x_);
 }
 
 }  // namespace camelid::cuda

@@ -24,20 +24,23 @@ class Norms {
 
   // A norm of x[rows[i]], rows null: of x[i], by a launch. None where there is no gain.
   void run(const Norm& norm, const Tensor& x, const std::int32_t* rows = nullptr);
-  // What the product that completes x has to write for a norm.
+  // What the product that completes x has to write for a norm; takes no memory.
   NormStart begin(const Norm& norm, const Tensor& x);
   // How products of h finish it, if only its norm's first half was done.
   NormEnd end(const Tensor& h) const;
-  // Finishes it by a launch, for products that cannot.
+  // Finishes it by a launch, for products that cannot, before anything is added to its rows.
   void finish(const Tensor& h);
+  // Something is added to y.
+  void added_to(const Tensor& y) { is_stale_ |= x_.data == y.data; }
   void forget() { begun_ = {}; }
 
  private:
   bool is_begun(const Tensor& h) const { return begun_.gain != nullptr && begun_.y.data == h.data; }
 
   cudaStream_t stream_;
-  Norm begun_;  // gain null: none
-  Tensor x_;    // its rows
+  Norm begun_;             // gain null: none
+  Tensor x_;               // its rows
+  bool is_stale_ = false;  // they are no longer what they were
   GrowingMemory squares_;
 };
 

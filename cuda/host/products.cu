@@ -139,6 +139,7 @@ void Products::project(const Tensor& qkv, const Tensor& x, const DeviceMatrix& w
 void Products::multiply_add(const Tensor& y, const Tensor& x, const DeviceMatrix& w,
                             const Norm& then) {
   norms_.finish(x);
+  norms_.added_to(y);
   // Squares are of the parts of one matrix.
   if (then.gain != nullptr && are_few(x, w) && w.segments.size() == 1) {
     multiply(y, x, w.segments.front(), Output::kAdd, {}, norms_.begin(then, y));

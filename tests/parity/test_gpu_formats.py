@@ -14,6 +14,9 @@ from judge import Judge
 from variants import VARIANTS
 
 _PLAIN = ("re:.*lm_head", "re:.*router", "re:.*self_attn")
+# Attention in tiles begins norms, which others then have to finish.
+_TILED = ("re:.*lm_head", "re:.*router")
+_LONG = {"attention_chunk_size": 96}  # steps end where chunks do
 CASES: dict[str, tuple[dict[str, Any], Quantization]] = {
     "plain down": ({}, Quantization(ignore=(*_PLAIN, "re:.*down_proj"))),
     "plain gate and up": ({}, Quantization(ignore=(*_PLAIN, "re:.*gate_proj", "re:.*up_proj"))),
@@ -27,6 +30,14 @@ CASES: dict[str, tuple[dict[str, Any], Quantization]] = {
         {"hidden_size": 96, "intermediate_size": 48},
         Quantization(group_size=48, ignore=_PLAIN),
     ),
+    "tiles, and plain down": (_LONG, Quantization(ignore=(*_TILED, "re:.*experts.*down_proj"))),
+    "tiles, and plain experts": (_LONG, Quantization(ignore=(*_TILED, r"re:.*experts\.\d.*"))),
+    "tiles, and plain shared expert": (_LONG, Quantization(ignore=(*_TILED, "re:.*shared_expert"))),
+    "tiles, and plain values": (_LONG, Quantization(ignore=(*_TILED, "re:.*v_proj"))),
+    "tiles of other bits, and plain experts": (
+        {"rms_norm_eps": 0.5, **_LONG},
+        Quantization(bits=8, group_size=32, ignore=(*_TILED, r"re:.*experts\.\d.*")),
+    ),
     "no tiles at all": ({}, Quantization(bits=8, group_size=16, ignore=_PLAIN)),
 }
 
@@ -36,7 +47,13 @@ CASES: dict[str, tuple[dict[str, Any], Quantization]] = {
     ("case", "top_k"),
     quick(
         [(case, top_k) for case in CASES for top_k in (1, 2)],
-        [("plain down", 1), ("plain gate and up", 2), ("plain shared expert", 1)],
+        [
+            ("plain down", 1),
+            ("plain gate and up", 2),
+            ("plain shared expert", 1),
+            ("tiles, and plain experts", 1),
+            ("tiles, and plain values", 2),
+        ],
     ),
 )
 def test_experts_in_all_formats(tmp_path: Path, case: str, top_k: int) -> None:
@@ -55,7 +72,5 @@ def test_experts_in_all_formats(tmp_path: Path, case: str, top_k: int) -> None:
     judge = Judge(folder, weights)
     engine = open_engine(folder)
     prompt = [(7 * i * i + 3) % 256 for i in range(90)]
-    for sizes in ([90], [5]):  # grouped products, and those of few tokens
-        judge.check(
-            logits_in_pieces(engine, prompt[: 18 * sizes[0]], sizes), prompt[: 18 * sizes[0]]
-        )
+    for size in (90, 40, 5):  # grouped products; of few tokens; few for kernels of all formats
+        judge.check(logits_in_pieces(engine, prompt, [size]), prompt)

@@ -62,7 +62,7 @@ def forward(
         x[position] = values
 
     def norm(name: str) -> Array:
-        return numerics.operand(rms_norm(x, eps) * _load(weights, f"{name}.weight"))
+        return numerics.normed(x, inverse_rms(x, eps), _load(weights, f"{name}.weight"))
 
     for layer in range(config["num_hidden_layers"]):
         base = f"model.layers.{layer}"
@@ -82,9 +82,9 @@ def text_config(config: Config) -> dict[str, Any]:
     return _DEFAULTS | dict(config.get("text_config", config))
 
 
-def rms_norm(x: Array, eps: float) -> Array:
-    """Scale the last axis to unit mean square."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+def inverse_rms(x: Array, eps: float) -> Array:
+    """Return what scales the last axis to unit mean square, [.., 1]."""
+    return np.asarray(1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
 
 
 def is_rope_layer(config: Config, layer: int) -> bool:
@@ -146,7 +146,7 @@ def attention(config: Config, weights: Tensors, layer: int, h: Array, numerics: 
         angles = turns[:, None] * rope_frequencies(config)
         q, k = rotate(q, angles), rotate(k, angles)
         if config["use_qk_norm"]:
-            q, k = (rms_norm(part, config["rms_norm_eps"]) for part in (q, k))
+            q, k = (part * inverse_rms(part, config["rms_norm_eps"]) for part in (q, k))
     elif config["attn_temperature_tuning"]:
         chunks = np.floor((position + 1) / config["floor_scale"])
         q = q * (1 + config["attn_scale"] * np.log1p(chunks))[:, None, None]

@@ -39,6 +39,10 @@ class Numerics:
         """Return activations as products take them."""
         return x
 
+    def normed(self, x: Array, factor: Array, gain: Array) -> Array:
+        """Return rows x as products take them, of which factor [.., 1] is 1 / rms."""
+        return self.operand(x * factor * gain)
+
     def weighted(self, shares: Array) -> Array:
         """Return what values are added up by, [n_heads, n_queries, n_keys]; the largest is 1.
 
@@ -107,7 +111,9 @@ class OtherSums(Bf16):
     """As right as another: what is not exact in float32 is off by as much as its sums may be.
 
     Operands near a tie then round otherwise, which moves all behind them. Probabilities are rounded
-    beside the largest of the keys that a kernel has seen by then, not of all.
+    beside the largest of the keys that a kernel has seen by then, not of all. Of every second one
+    normed rows are divided by their size after they were rounded, as between products of few tokens
+    (cuda/layout/split_norm.h).
 
     Args:
         like: Of which the weights and all choices of experts are taken.
@@ -121,6 +127,7 @@ class OtherSums(Bf16):
         super().__init__(like.exact, like.kv)
         self._weights = like._weights
         self.chosen = like.chosen
+        self.divides_last = seed % 2 == 0
         self.random = np.random.default_rng(seed)
 
     def _off(self, x: Array) -> Array:
@@ -129,6 +136,11 @@ class OtherSums(Bf16):
 
     def operand(self, x: Array) -> Array:
         return super().operand(self._off(x))
+
+    def normed(self, x: Array, factor: Array, gain: Array) -> Array:
+        if self.divides_last:
+            return self.operand(x * gain) * factor
+        return super().normed(x, factor, gain)
 
     def weighted(self, shares: Array) -> Array:
         n_heads, n_queries, n_keys = shares.shape

@@ -53,6 +53,14 @@ def test_local_memory_is_found_in_any_kernel(name: str) -> None:
     assert "local memory" in whys[0]
 
 
+def test_who_starts_its_successor_waits_for_its_predecessor() -> None:
+    listing = LISTING.replace("LDC R1, c[0x0][0x28]", "PREEXIT")
+    ((_, why),) = check_sass.violations(kernels_of(listing))
+    assert "does not wait" in why
+    waits = listing.replace("LDSM.16.M88.4 R8, [R4]", "ACQBULK")
+    assert all("wait" not in why for _, why in check_sass.violations(kernels_of(waits)))
+
+
 @pytest.mark.parametrize("write", ["ULDC.64 UR4, c[0x0][0x208]", "R2UR UR5, R6", "NOP"])
 def test_a_uniform_register_that_nothing_writes_is_found(write: str) -> None:
     copy = "LDGSTS.E.BYPASS.128 [R4+UR4], desc[UR5][R2.64]"
