@@ -21,7 +21,7 @@ void norm(benchmark::State& state, std::string_view isa, std::int64_t n_rows) {
   const std::vector<float> ones(static_cast<std::size_t>(kDim), 1.0f);
   const Buffer gain = backend->upload(ones);
   for (auto _ : state) {
-    backend->norm({y.data(), n_rows, kDim, kDim}, {x.data(), n_rows, kDim, kDim}, gain, 1e-5f);
+    backend->norm({x.data(), n_rows, kDim, kDim}, {{y.data(), n_rows, kDim, kDim}, &gain, 1e-5f});
   }
   // Read and written once each.
   Work work;
