@@ -14,15 +14,7 @@ struct Header : StreamHeader {
 template <class Shape>
 __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
     run_matmul_few(const __grid_constant__ MatmulFew call, const Parts parts) {
-  auto& header = *reinterpret_cast<Header*>(shared_memory());
-  if (thread_index() == 0) set_only_list(header, call);
-  sync_block();
-  Stream<Shape, Header> stream(parts);
-  stream.prefetch(1);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  find_norm_factors(call.norm_of_x, call.n_tokens, header.factors);
-  stream.run(1, 1);
+  run_only_list<Shape>(*reinterpret_cast<Header*>(shared_memory()), call, parts);
 }
 
 // ---- the host's side ----

@@ -28,6 +28,19 @@ __device__ void set_only_list(Header& header, const MatmulFew& call) {
   deal_list(list);
 }
 
+// The kernels' body. `header` is the block's, with all it has beside the list.
+template <class Shape, class Header>
+__device__ void run_only_list(Header& header, const MatmulFew& call, const Parts& parts) {
+  if (thread_index() == 0) set_only_list(header, call);
+  sync_block();
+  Stream<Shape, Header> stream(parts);
+  stream.prefetch(1);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  find_norm_factors(call.norm_of_x, call.n_tokens, header.factors);
+  stream.run(1, 1);
+}
+
 inline std::size_t n_counters_of(const TileShape& shape) {
   return static_cast<std::size_t>(divide_up(shape.n_row_tiles(), kStreamWarps)) + 1;
 }

@@ -16,7 +16,7 @@ struct Header : StreamHeader {
   __device__ void completed(int, int row_block) {
     sync_block();  // the sums that other warps wrote are seen
     const int n_heads = kStreamRows / store.pool.shape.head_dim;  // of the block
-    const int n_all = store.n_heads + 2 * store.pool.shape.n_kv_heads;
+    const int n_all = n_heads_of(store);
     for (int i = thread_index() / kWarp; i < n_heads * store.n_tokens; i += kStreamWarps) {
       const int index = row_block * n_heads + i % n_heads;
       if (index < n_all) store_head(store, i / n_heads, index);
@@ -29,17 +29,8 @@ __global__ void __launch_bounds__(kStreamThreads, Shape::kBlocks)
     run_project_kv(const __grid_constant__ MatmulFew call, const __grid_constant__ StoreKv store,
                    const Parts parts) {
   auto& header = *reinterpret_cast<Header*>(shared_memory());
-  if (thread_index() == 0) {
-    header.store = store;
-    set_only_list(header, call);
-  }
-  sync_block();
-  Stream<Shape, Header> stream(parts);
-  stream.prefetch(1);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  find_norm_factors(call.norm_of_x, call.n_tokens, header.factors);
-  stream.run(1, 1);
+  if (thread_index() == 0) header.store = store;
+  run_only_list<Shape>(header, call, parts);
 }
 
 // ---- the host's side ----

@@ -166,8 +166,6 @@ __device__ inline void store_head(const StoreKv& call, std::int64_t token, int i
   }
 }
 
-inline int n_heads_of(const StoreKv& call) { return call.n_heads + 2 * call.pool.shape.n_kv_heads; }
-
 // Throws kInternal where heads cannot be stored.
 inline void check_store(const char* op, const StoreKv& call) {
   const KvShape& shape = call.pool.shape;

@@ -11,7 +11,7 @@ constexpr int kWarps = 4;  // of a block
 
 __global__ void __launch_bounds__(kWarps* kWarp) store_kv_kernel(const StoreKv call) {
   let_next_kernel_start();
-  const int n_all = call.n_heads + 2 * call.pool.shape.n_kv_heads;
+  const int n_all = n_heads_of(call);
   const std::int64_t warp = std::int64_t{block_index()} * kWarps + thread_index() / kWarp;
   if (warp >= std::int64_t{call.n_tokens} * n_all) return;
   wait_for_previous_kernel();

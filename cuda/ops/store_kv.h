@@ -26,6 +26,11 @@ struct StoreKv {
   const float* query_scale = nullptr;  // [n_tokens], multiplies q; null: 1
 };
 
+// Of queries, keys and values.
+CAMELID_HOST_DEVICE inline int n_heads_of(const StoreKv& call) {
+  return call.n_heads + 2 * call.pool.shape.n_kv_heads;
+}
+
 // All in float32 until the one rounding at the end, to nearest even. Rows of e4m3 and int8 have as
 // their scale the largest magnitude / 448 or / 127. Heads below 2^-100 are stored as zeros, with
 // scale 1; where a value is not finite the scale is NaN. Waits for nothing.
